@@ -1,0 +1,150 @@
+// The Python module dualpipe_ext._C. Addresses and streams are integers, sizes are in bytes unless
+// they say otherwise: no type of torch appears here, so the module serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "api/check.h"
+#include "api/device.h"
+#include "api/error_channel.h"
+#include "api/workspace.h"
+#include "comm/barrier.h"
+
+namespace py = pybind11;
+
+namespace dualpipe {
+namespace {
+
+py::dict to_dict(const ErrorRecord& record) {
+  py::dict fields;
+  fields["code"] = record.code;
+  fields["phase"] = phase_name(static_cast<Phase>(record.phase));
+  fields["rank"] = record.rank;
+  fields["peer"] = record.peer;
+  fields["chunk"] = record.chunk;
+  fields["expected"] = record.expected;
+  fields["seen"] = record.seen;
+  fields["epoch"] = record.epoch;
+  return fields;
+}
+
+// name -> (offset, bytes); those inside a slab count from the start of slab 0.
+py::dict regions(const WorkspaceLayout& layout) {
+  py::dict found;
+  const auto add = [&](const char* name, uint64_t start, const auto& region) {
+    found[name] = py::make_tuple(start + region.offset, region.bytes());
+  };
+  add("state", 0, layout.control.state);
+  add("barrier_flags", 0, layout.control.barrier_flags);
+  add("counts", 0, layout.counts);
+  const uint64_t slab = layout.slab_offset(0);
+  add("rows", slab, layout.slab.rows);
+  add("scales", slab, layout.slab.scales);
+  add("source_tokens", slab, layout.slab.source_tokens);
+  add("expert_ids", slab, layout.slab.expert_ids);
+  add("weights", slab, layout.slab.weights);
+  return found;
+}
+
+void barrier(const PeerTable& peers, const WorkspaceLayout& layout, const ErrorChannel& channel,
+             uint32_t first_rank, uint32_t num_local, uint64_t timeout_ns, uint64_t stream) {
+  if (layout.control.barrier_flags.count != peers.num_ranks) {
+    throw std::invalid_argument("expected a layout for " + std::to_string(peers.num_ranks) +
+                                " ranks, got one for " +
+                                std::to_string(layout.control.barrier_flags.count));
+  }
+  if (layout.bytes > peers.bytes) {
+    throw std::invalid_argument("expected a layout of at most " + std::to_string(peers.bytes) +
+                                " bytes, as the peer table has, got " +
+                                std::to_string(layout.bytes));
+  }
+  if (num_local == 0 || num_local > peers.num_ranks || first_rank > peers.num_ranks - num_local) {
+    throw std::invalid_argument("expected local ranks within 0.." +
+                                std::to_string(peers.num_ranks - 1) + ", got " +
+                                std::to_string(num_local) + " from " + std::to_string(first_rank));
+  }
+  if (num_local > channel.num_local()) {
+    throw std::invalid_argument("expected an error record for each of " +
+                                std::to_string(num_local) + " local ranks, got " +
+                                std::to_string(channel.num_local()));
+  }
+  const BarrierArgs args{peers,      layout.control, channel.records(),
+                         timeout_ns, first_rank,     num_local};
+  check_cuda(launch_barrier(args, reinterpret_cast<cudaStream_t>(stream)), "barrier");
+}
+
+void bind_devices(py::module_& m) {
+  py::class_<DeviceInfo>(m, "DeviceInfo")
+      .def_readonly("index", &DeviceInfo::index)
+      .def_readonly("name", &DeviceInfo::name)
+      .def_readonly("pci_bus_id", &DeviceInfo::pci_bus_id)
+      .def_property_readonly("capability",
+                             [](const DeviceInfo& d) {
+                               return py::make_tuple(d.capability_major, d.capability_minor);
+                             })
+      .def_readonly("num_sms", &DeviceInfo::num_sms)
+      .def_readonly("memory_bytes", &DeviceInfo::memory_bytes)
+      .def_readonly("shared_memory_bytes", &DeviceInfo::shared_memory_bytes)
+      .def_readonly("l2_bytes", &DeviceInfo::l2_bytes);
+  py::class_<PeerLink>(m, "PeerLink")
+      .def_readonly("access", &PeerLink::access)
+      .def_readonly("native_atomics", &PeerLink::native_atomics)
+      .def_readonly("performance_rank", &PeerLink::performance_rank);
+  m.def("driver_version", &driver_version);
+  m.def("runtime_version", &runtime_version);
+  m.def("devices", &devices);
+  m.def("peer_link", &peer_link, py::arg("device"), py::arg("peer"));
+  m.def("enable_peer_access", &enable_peer_access, py::arg("device"), py::arg("peer"));
+}
+
+void bind_workspace(py::module_& m) {
+  m.attr("MAX_RANKS") = kMaxRanks;
+  py::class_<WorkspaceLayout>(m, "WorkspaceLayout")
+      .def(
+          py::init([](uint64_t num_ranks, uint64_t num_experts, uint64_t top_k, uint64_t max_tokens,
+                      uint64_t row_bytes, uint64_t scale_bytes, uint64_t num_slabs) {
+            return checked_layout(
+                {num_ranks, num_experts, top_k, max_tokens, row_bytes, scale_bytes, num_slabs});
+          }),
+          py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("top_k"),
+          py::arg("max_tokens"), py::arg("row_bytes"), py::arg("scale_bytes") = 0,
+          py::arg("num_slabs") = 1)
+      .def_readonly("bytes", &WorkspaceLayout::bytes)
+      .def_property_readonly("control_bytes",
+                             [](const WorkspaceLayout& l) { return l.control.bytes; })
+      .def_property_readonly("slab_bytes", [](const WorkspaceLayout& l) { return l.slab.bytes; })
+      .def_property_readonly("row_pitch", [](const WorkspaceLayout& l) { return l.slab.row_pitch; })
+      .def("slab_offset", &WorkspaceLayout::slab_offset, py::arg("slab"))
+      .def("regions", &regions);
+  py::class_<PeerTable>(m, "PeerTable")
+      .def(py::init(&checked_peer_table), py::arg("bases"), py::kw_only(), py::arg("bytes"))
+      .def_readonly("num_ranks", &PeerTable::num_ranks);
+}
+
+void bind_comm(py::module_& m) {
+  py::class_<ErrorChannel>(m, "ErrorChannel")
+      .def(py::init<uint32_t>(), py::arg("num_local"))
+      .def(
+          "read",
+          [](const ErrorChannel& channel, uint32_t index) -> py::object {
+            const auto record = channel.read(index);
+            return record ? py::object(to_dict(*record)) : py::none();
+          },
+          py::arg("index"))
+      .def("clear", &ErrorChannel::clear);
+  m.def("barrier", &barrier, py::arg("peers"), py::arg("layout"), py::arg("channel"), py::kw_only(),
+        py::arg("first_rank"), py::arg("num_local"), py::arg("timeout_ns"), py::arg("stream"));
+}
+
+}  // namespace
+}  // namespace dualpipe
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CUDA core of dualpipe_ext; use it through dualpipe_ext.core";
+  dualpipe::bind_devices(m);
+  dualpipe::bind_workspace(m);
+  dualpipe::bind_comm(m);
+}

@@ -1,0 +1,71 @@
+// Waiting for a peer: bounded, and with a reason when it fails.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/epoch.h"
+#include "comm/error_record.h"
+#include "layout/workspace.h"
+#include "ptx/memory.cuh"
+#include "ptx/timer.cuh"
+
+namespace dualpipe {
+
+// What a failed wait reports.
+struct WaitSite {
+  Phase phase;
+  uint32_t rank;
+  uint32_t peer;
+  uint32_t chunk;
+  uint32_t epoch;
+};
+
+// Shared by all waits of one rank in one kernel.
+struct Watchdog {
+  ControlState* state;  // of this rank
+  ErrorRecord* record;  // of this rank, in host-mapped memory
+  uint64_t started_ns;  // when the kernel began, by ptx::globaltimer_ns
+  uint64_t timeout_ns;
+
+  // True once any thread of this rank has failed, in this kernel or in an earlier one.
+  __device__ bool aborted() const { return ptx::ld_relaxed_gpu(&state->abort) != 0; }
+  __device__ bool expired() const { return ptx::globaltimer_ns() - started_ns >= timeout_ns; }
+
+  // The first failure of a rank is the one that is told: later ones follow from it.
+  __device__ void report(const WaitSite& site, uint32_t expected, uint32_t seen) const {
+    if (atomicCAS(&state->abort, 0u, 1u) != 0u) return;
+    record->phase = static_cast<uint32_t>(site.phase);
+    record->rank = site.rank;
+    record->peer = site.peer;
+    record->chunk = site.chunk;
+    record->expected = expected;
+    record->seen = seen;
+    record->epoch = site.epoch;
+    ptx::st_release_sys(&record->code, static_cast<uint32_t>(ErrorCode::kTimeout));
+  }
+};
+
+// Polls between two looks at the clock and the abort word. A poll of a local flag takes about half
+// a microsecond, so a time-out is noticed within a fraction of a millisecond.
+inline constexpr uint32_t kPollsPerCheck = 256;
+
+// Waits until `*flag` has come to `expected`, or until the watchdog ends it.
+//
+// True: what the peer wrote before it released the flag is visible to this thread's later accesses.
+// False: the rank has failed and the reason is recorded; the caller returns without touching what
+// it waited for. Other threads of the CTA learn of either only through a CTA barrier.
+__device__ inline bool wait_epoch(const uint32_t* flag, uint32_t expected, const WaitSite& site,
+                                  const Watchdog& watchdog) {
+  for (uint32_t polls = 1;; ++polls) {
+    const uint32_t seen = ptx::ld_acquire_sys(flag);
+    if (epoch_reached(seen, expected)) return true;
+    if (polls % kPollsPerCheck != 0) continue;
+    if (watchdog.aborted()) return false;
+    if (watchdog.expired()) {
+      watchdog.report(site, expected, seen);
+      return false;
+    }
+  }
+}
+
+}  // namespace dualpipe

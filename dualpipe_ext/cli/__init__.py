@@ -1,0 +1,1 @@
+"""The ``dualpipe`` command: one file per subcommand, put together in ``main.py``."""

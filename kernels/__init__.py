@@ -1,0 +1,1 @@
+"""Triton and library kernels, one family per file; installed as ``dualpipe_ext.kernels``."""

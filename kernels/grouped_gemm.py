@@ -1,0 +1,108 @@
+"""Matrix products over groups of rows: every expert multiplies the rows routed to it.
+
+What belongs here: the two products that a layer of experts needs, without autograd (that is
+``dualpipe_ext.pipeline.weight_grad``). On CUDA, 16-bit operands go to ``torch._grouped_mm``, which
+reads the offsets on the device; everything else is a loop over the groups.
+
+Shapes: M rows, G groups, K inputs, N outputs. ``offsets`` int32 [G] holds the END row of each
+group, so group g is rows ``offsets[g - 1]`` to ``offsets[g]`` and may be empty. Rows from
+``offsets[-1]`` on belong to no group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes; what torch._grouped_mm asks of every stride but the unit one
+
+
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix: ``out[rows of g] = x[rows of g] @ w[g]``.
+
+    Example: with ``offsets = [2, 2, 3]`` and four rows, rows 0 and 1 meet ``w[0]``, nothing meets
+    ``w[1]``, row 2 meets ``w[2]``, and row 3 of the result is zero.
+
+    Args:
+        x: [M, K], any float dtype.
+        w: [G, K, N], dtype of ``x``.
+        offsets: int32 [G], non-decreasing, at most M.
+
+    Returns:
+        [M, N] in the dtype of ``x``; rows past ``offsets[-1]`` are zero.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(x, offsets)
+    if w.dim() != 3 or w.dtype != x.dtype or w.shape[:2] != (offsets.shape[0], x.shape[1]):
+        raise ValueError(
+            f"expected w of shape [{offsets.shape[0]}, {x.shape[1]}, N] and {x.dtype}, "
+            f"got {list(w.shape)} and {w.dtype}"
+        )
+    if x.shape[0] and _on_device(x, w):
+        out = torch._grouped_mm(x, w, offs=offsets)
+        # The kernel leaves rows of no group as it found them, and their number is not known here.
+        tail = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+        return out.masked_fill_(tail.unsqueeze(1), 0)
+    out = x.new_zeros(x.shape[0], w.shape[2])
+    for group, (start, end) in enumerate(_bounds(offsets)):
+        if end > start:
+            torch.mm(x[start:end], w[group], out=out[start:end])
+    return out
+
+
+def grouped_mm_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """Gradient of :func:`grouped_mm` for ``w``: ``out[g] = x[rows of g].T @ grad[rows of g]``.
+
+    Args:
+        x: [M, K], any float dtype.
+        grad: [M, N], dtype of ``x``.
+        offsets: int32 [G], non-decreasing, at most M.
+
+    Returns:
+        [G, K, N] in the dtype of ``x``; zero for empty groups.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(x, offsets)
+    if grad.dim() != 2 or grad.shape[0] != x.shape[0] or grad.dtype != x.dtype:
+        raise ValueError(
+            f"expected grad of shape [{x.shape[0]}, N] and {x.dtype}, "
+            f"got {list(grad.shape)} and {grad.dtype}"
+        )
+    if x.shape[0] and _on_device(x, grad):
+        return torch._grouped_mm(x.t(), grad, offs=offsets)
+    out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
+    for group, (start, end) in enumerate(_bounds(offsets)):
+        if end > start:
+            torch.mm(x[start:end].t(), grad[start:end], out=out[group])
+    return out
+
+
+def _check(x: Tensor, offsets: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(
+            f"expected x of shape [M, K] and a float dtype, got {list(x.shape)} and {x.dtype}"
+        )
+    if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] == 0:
+        raise ValueError(
+            f"expected offsets int32 [G] with G > 0, got {list(offsets.shape)} and {offsets.dtype}"
+        )
+
+
+def _on_device(*operands: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these without reading the offsets on the host."""
+    return all(t.is_cuda and t.dtype == torch.bfloat16 and _aligned(t) for t in operands)
+
+
+def _aligned(t: Tensor) -> bool:
+    strides = [stride * t.element_size() for stride in t.stride() if stride != 1]
+    unit = len(strides) == t.dim() - 1
+    return unit and t.data_ptr() % _ALIGNMENT == 0 and not any(s % _ALIGNMENT for s in strides)
+
+
+def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,50 @@
+"""Rules of the house that a compiler does not check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"})
+
+# Lower may not include higher; folders of one level may not include each other.
+LEVEL = {"ptx": 0, "layout": 1, "comm": 2, "ep": 3, "eplb": 3, "api": 4}
+
+# Instructions that synchronise: the compiler may move nothing across them.
+SYNCHRONISING = re.compile(r'"(ld|st|red|atom|fence|mbarrier|cp\.async|barrier)[.\w:]*')
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(CSRC).parts[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_includes_go_downward_only(path):
+    own = folder_of(path)
+    for included in re.findall(r'#include "([^"]+)"', path.read_text()):
+        other = Path(included).parts[0]
+        assert other in LEVEL, f"expected an include from csrc/, got {included}"
+        assert other == own or LEVEL[other] < LEVEL[own], f"{own} may not include {included}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_no_torch_header(path):
+    assert not re.search(r"#include\s+[<\"](torch|ATen|c10)/", path.read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_inline_assembly_lives_in_ptx_and_orders_memory(path):
+    statements = re.findall(r"\basm\b.*?\);", path.read_text(), re.DOTALL)
+    assert folder_of(path) == "ptx" or not statements
+    for statement in statements:
+        assert "asm volatile" in statement
+        if SYNCHRONISING.search(statement):
+            assert '"memory"' in statement, statement
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_files_are_rooms(path):
+    assert len(path.read_text().splitlines()) < 500
