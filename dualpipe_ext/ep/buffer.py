@@ -1,0 +1,281 @@
+"""``Buffer``: the one object through which a model sends tokens to experts and back.
+
+It checks arguments, picks the transport, and hands over to autograd; it moves nothing itself.
+
+Shapes: T tokens of this rank, H hidden, E experts, R ranks, K top-k, N received token rows,
+M expert rows. Expert e lives on rank ``e // (E / R)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.ep import autograd, validate
+from dualpipe_ext.ep.event import CommStream, Event
+from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
+from dualpipe_ext.ep.registry import create_transport
+from dualpipe_ext.ep.transport import RouteOptions, TransportConfig
+
+
+class Buffer:
+    """Expert-parallel dispatch and combine over the ranks of a process group.
+
+    Every rank of the group makes the same calls in the same order, with any number of tokens each
+    (0 too). Results are deterministic: same inputs, same bits. One buffer serves all layers.
+
+    Args:
+        group: process group of the expert-parallel ranks; None is the default group, or one rank if
+            torch.distributed is not initialised.
+        hidden: H. A row must be a multiple of 16 bytes.
+        num_experts: E, over all ranks; a multiple of R.
+        top_k: K, at most 32.
+        max_tokens: largest T of any call.
+        transport: "auto" (the environment variable ``DUALPIPE_TRANSPORT`` if set, else the best
+            available) or a name.
+        num_sms: SMs that a communication kernel may take; ignored by transports that have none.
+        timeout_s: longest wait for another rank, in seconds.
+
+    Raises:
+        ValueError: an argument no transport can work with, or a transport not available here.
+
+    Example, one rank with two experts (R=1, T=2, H=4, K=2):
+
+    >>> buffer = Buffer(hidden=4, num_experts=2, top_k=2, max_tokens=8)
+    >>> x = torch.tensor([[1.0] * 4, [2.0] * 4])
+    >>> recv, handle = buffer.dispatch(x, torch.tensor([[1, -1], [0, 1]]), layout="expert")
+    >>> recv.tokens[:, 0].tolist(), recv.offsets.tolist()
+    ([2.0, 1.0, 2.0], [1, 3])
+    >>> y, event = buffer.combine(recv.tokens * 10, handle)
+    >>> y[:, 0].tolist()
+    [10.0, 40.0]
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        transport: str = "auto",
+        num_sms: int | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.config = TransportConfig(
+            group=group,
+            rank=0 if group is None else dist.get_rank(group),
+            num_ranks=1 if group is None else dist.get_world_size(group),
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+            max_tokens=max_tokens,
+            num_sms=num_sms,
+            timeout_s=timeout_s,
+        )
+        validate.check_config(self.config)
+        self._transport = create_transport(transport, self.config)
+        self._comm_stream = CommStream()
+
+    @property
+    def transport(self) -> str:
+        """Name of the transport in use."""
+        return self._transport.name
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        layout: Layout | None = None,
+        fp8: bool = False,
+        pow2_scales: bool = False,
+        alignment: int | None = None,
+        async_op: bool = False,
+        handle: Handle | None = None,
+        max_recv_tokens: int | None = None,
+    ) -> tuple[TokenMajor | ExpertMajor, Handle]:
+        """Send tokens to the ranks of their experts.
+
+        Args:
+            x: [T, H] bfloat16, float16, float32 or float64, any strides; with ``fp8`` also
+                ``(values, scales)`` as :func:`~dualpipe_ext.ep.fp8.quantize` makes them.
+            topk_idx: int64 [T, K], expert ids, -1 for a choice that is dropped.
+            topk_weights: float32 (or float64) [T, K]; on all ranks or on none.
+            layout: "token" (default): one row per token that has an expert here,
+                :class:`TokenMajor`; "expert": one row per (token, expert), :class:`ExpertMajor`.
+            fp8: rows travel and arrive as float8_e4m3fn with 1x128 scales. The gradient passes the
+                quantisation by, and travels unquantised (``recv.dequantize()``).
+            pow2_scales: FP8 scales are powers of two.
+            alignment: expert layout: rows of each expert are padded to a multiple of it, default 1.
+            async_op: CUDA: run on a side stream; the output is usable after ``recv.event.wait()``.
+            handle: repeat the routing of an earlier dispatch: ``topk_idx``, ``layout``,
+                ``alignment`` and ``max_recv_tokens`` are its own.
+            max_recv_tokens: give the output this fixed number of rows, in either layout, the unused
+                ones zero.
+
+        Returns:
+            The received rows, and the handle that :meth:`combine` needs.
+
+        Raises:
+            ValueError: wrong arguments. Ids out of range and more rows than ``max_recv_tokens``
+                raise on every rank, naming the one concerned.
+            CommTimeoutError: a rank did not take part.
+        """
+        x, scales = _split_quantized(x)
+        self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle)
+        if handle is None:
+            options = _route_options(layout, alignment, max_recv_tokens)
+            handle = self._transport.route(topk_idx, options)
+        else:
+            _check_same_route(handle, topk_idx, layout, alignment, max_recv_tokens)
+        call = autograd.DispatchCall(
+            transport=self._transport,
+            handle=handle,
+            fp8=fp8,
+            pow2_scales=pow2_scales,
+            scales=scales,
+            grad_dtype=x.dtype if scales is None else torch.bfloat16,
+        )
+        with self._comm_stream.run(async_op, (x, scales, topk_weights)):
+            outputs = autograd.dispatch(x, topk_weights, call)
+        event = self._comm_stream.event(async_op, outputs, handle)
+        return _received(handle, outputs, event), handle
+
+    def combine(
+        self,
+        rows: Tensor,
+        handle: Handle,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        async_op: bool = False,
+    ) -> tuple[Tensor, Event]:
+        """Bring expert outputs back to their tokens and sum them.
+
+        A token's rows are summed on each rank that has some (expert layout: in top-k order, each
+        times its weight, in float32, rounded once for the wire), then over the ranks in rank order
+        in float32, the bias last, rounded once. float64 rows are summed in float64.
+
+        Args:
+            rows: one row per row of ``recv.tokens``, [N, H] or [M, H]; any dtype that
+                :meth:`dispatch` takes. Padding rows are ignored.
+            handle: what the dispatch returned.
+            weights: expert layout: float32 (or float64) [M], usually ``recv.weights``.
+            bias: [T, H] of the dtype of ``rows``, added to the result.
+            async_op: CUDA: run on a side stream; ``y`` is usable after ``event.wait()``.
+
+        Returns:
+            ``y`` [T, H] in the dtype of ``rows``, zero (or the bias) for tokens without experts;
+            and the event.
+
+        Raises:
+            ValueError: wrong arguments.
+            CommTimeoutError: a rank did not take part.
+        """
+        transport = self._transport
+        validate.check_handle(handle, transport)
+        validate.check_rows("rows", rows, transport, handle.num_rows)
+        validate.check_combine_extras(rows, handle, weights, bias)
+        with self._comm_stream.run(async_op, (rows, weights, bias)):
+            y = autograd.combine(rows, weights, bias, transport, handle)
+        return y, self._comm_stream.event(async_op, (y,), handle)
+
+    def _check_dispatch(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        fp8: bool,
+        handle: Handle | None,
+    ) -> None:
+        validate.check_x(x, scales, fp8, self._transport)
+        num_tokens = x.shape[0]
+        if handle is not None:
+            validate.check_handle(handle, self._transport)
+            if num_tokens != handle.num_tokens:
+                raise ValueError(
+                    f"expected x of the handle's {handle.num_tokens} rows, got {num_tokens}"
+                )
+        elif topk_idx is None:
+            raise ValueError("expected topk_idx or handle, got neither")
+        else:
+            validate.check_topk_idx(topk_idx, num_tokens, x.device, self.config)
+            self._refuse_capture(x)
+        if topk_weights is not None:
+            validate.check_topk_weights(topk_weights, num_tokens, x.device, self.config)
+
+    def _refuse_capture(self, x: Tensor) -> None:
+        if not (x.is_cuda and self._transport.capabilities.syncs_host):
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"expected a handle while a CUDA graph is captured: transport {self.transport!r} "
+                "waits for counts on the host"
+            )
+
+
+def _split_quantized(x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(x, tuple):
+        return x, None
+    if len(x) != 2 or not all(isinstance(part, Tensor) for part in x):
+        raise ValueError(f"expected x as a tensor or as (values, scales), got a tuple of {len(x)}")
+    return x
+
+
+def _route_options(
+    layout: Layout | None, alignment: int | None, max_recv_tokens: int | None
+) -> RouteOptions:
+    layout = "token" if layout is None else layout
+    alignment = 1 if alignment is None else alignment
+    validate.check_layout(layout, alignment, max_recv_tokens)
+    return RouteOptions(layout=layout, alignment=alignment, max_recv_tokens=max_recv_tokens)
+
+
+def _check_same_route(
+    handle: Handle,
+    topk_idx: Tensor | None,
+    layout: Layout | None,
+    alignment: int | None,
+    max_recv_tokens: int | None,
+) -> None:
+    """A cached dispatch cannot ask for another output than the handle describes."""
+    if topk_idx is not None or max_recv_tokens is not None:
+        raise ValueError(
+            "expected no topk_idx and no max_recv_tokens with a handle, which has its own"
+        )
+    asked = (
+        handle.layout if layout is None else layout,
+        handle.alignment if alignment is None else alignment,
+    )
+    if asked != (handle.layout, handle.alignment):
+        raise ValueError(
+            f"expected the handle's layout {handle.layout!r} and alignment {handle.alignment}, "
+            f"got {asked[0]!r} and {asked[1]}"
+        )
+
+
+def _received(
+    handle: Handle,
+    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    event: Event,
+) -> TokenMajor | ExpertMajor:
+    tokens, scales, weights, grad_carrier = outputs
+    shared = {
+        "tokens": tokens,
+        "counts": handle.counts,
+        "scales": scales,
+        "event": event,
+        "grad_carrier": grad_carrier,
+    }
+    if handle.layout == "expert":
+        assert handle.offsets is not None
+        return ExpertMajor(**shared, offsets=handle.offsets, weights=weights)
+    assert handle.topk_idx is not None
+    return TokenMajor(**shared, topk_idx=handle.topk_idx, topk_weights=weights)

@@ -1,0 +1,103 @@
+"""What a dispatch leaves behind: the rows a rank received, and the handle that leads back.
+
+Shapes: T tokens of this rank, H hidden, E experts, R ranks, E/R experts per rank, K top-k,
+N rows in token layout, M rows in expert layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext.ep.event import Event
+from dualpipe_ext.ep.fp8 import Quantized, StraightThroughDequantize, dequantize
+
+Layout = Literal["token", "expert"]
+LAYOUTS: tuple[Layout, ...] = ("token", "expert")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Handle:
+    """Where every row of one dispatch came from and went to; made by a transport, opaque to users.
+
+    Not a tensor, never changed, valid as long as it is referenced: any number of handles can be
+    alive, and each can serve any number of combines and cached dispatches in any order, as long as
+    every rank makes the same calls in the same order. Transports extend it with their own state.
+    """
+
+    owner: object = field(repr=False)
+    """The transport that made it; no other can use it."""
+    layout: Layout
+    alignment: int
+    num_tokens: int
+    """T, rows of ``x`` and of the combined output."""
+    num_rows: int
+    """Rows of ``recv.tokens``: N or M, or ``max_recv_tokens`` where that was given."""
+    topk_idx: Tensor | None = field(repr=False)
+    """Token layout: int64 [N, K], see :class:`TokenMajor`."""
+    offsets: Tensor | None = field(repr=False)
+    """Expert layout: int32 [E/R], see :class:`ExpertMajor`."""
+    counts: Tensor = field(repr=False)
+    """int64 [E/R], rows that each local expert has, padding not counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Received:
+    """What both layouts have in common.
+
+    ``tokens`` owns its memory. With ``fp8=True`` it is float8_e4m3fn and ``scales`` float32
+    [rows, H/128]; otherwise it has the dtype of ``x`` and ``scales`` is None. After
+    ``async_op=True`` call ``event.wait()`` before anything else is used.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    """int64 [E/R]: rows for each local expert, padding not counted."""
+    scales: Tensor | None = None
+    event: Event = field(default_factory=Event, repr=False)
+    grad_carrier: Tensor | None = field(default=None, repr=False)
+    """FP8 only: the tensor whose gradient is taken as the gradient of the rows (see
+    :class:`~dualpipe_ext.ep.fp8.StraightThroughDequantize`); for FP8 GEMMs with their own
+    backward. Its values mean nothing."""
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """FP8 rows as ``dtype``, differentiable: their gradient passes the quantisation by."""
+        if self.scales is None:
+            raise ValueError(f"expected rows dispatched with fp8=True, got {self.tokens.dtype}")
+        if self.grad_carrier is None:
+            return dequantize(Quantized(self.tokens, self.scales), dtype)
+        return StraightThroughDequantize.apply(self.grad_carrier, self.tokens, self.scales, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenMajor(Received):
+    """Token layout: one row per (source rank, token) that has an expert here.
+
+    Rows are grouped by source rank, in the source's token order: ``tokens`` [N, H]. With
+    ``max_recv_tokens`` the rows past the last token are zero and their ``topk_idx`` is -1.
+    """
+
+    topk_idx: Tensor
+    """int64 [N, K]: **local** expert ids (0 .. E/R-1), -1 where the choice is not here."""
+    topk_weights: Tensor | None
+    """[N, K], 0 where the choice is not here; None if none were dispatched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertMajor(Received):
+    """Expert layout: one row per (token, local expert), ready for a grouped GEMM.
+
+    Rows are grouped by local expert; inside an expert they are in token-layout order (a token that
+    names an expert twice has two rows, in top-k order); each expert's rows are followed by zero
+    rows up to a multiple of ``alignment``: ``tokens`` [M, H]. Rows past ``offsets[-1]``, which
+    exist only with ``max_recv_tokens``, are zero too.
+    """
+
+    offsets: Tensor
+    """int32 [E/R]: the END row of each expert's group, padding included (what
+    ``torch._grouped_mm`` calls ``offs``)."""
+    weights: Tensor | None
+    """[M], the top-k weight of each row, 0 in padding; None if none were dispatched."""

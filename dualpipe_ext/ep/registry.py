@@ -1,0 +1,46 @@
+"""Which transports exist, which of them a machine can use, and which one ``auto`` takes."""
+
+from __future__ import annotations
+
+from dualpipe_ext import env
+from dualpipe_ext.ep.collective import CollectiveTransport
+from dualpipe_ext.ep.transport import Transport, TransportConfig
+
+# Best first: "auto" takes the first that is available.
+_TRANSPORTS: tuple[type[Transport], ...] = (CollectiveTransport,)
+
+ENVIRONMENT_VARIABLE = "DUALPIPE_TRANSPORT"
+
+
+def transport_names() -> tuple[str, ...]:
+    """What ``transport=`` can be, on some machine or other."""
+    return ("auto", *(kind.name for kind in _TRANSPORTS))
+
+
+def transport_status(config: TransportConfig) -> dict[str, str | None]:
+    """For every transport, best first: None if it can be used here, else the reason why not."""
+    return {kind.name: kind.unavailable(config) for kind in _TRANSPORTS}
+
+
+def create_transport(name: str, config: TransportConfig) -> Transport:
+    """Make the transport of that name; ``auto`` is the best available one.
+
+    ``DUALPIPE_TRANSPORT`` in the environment, where set, decides what ``auto`` means.
+
+    Raises:
+        ValueError: the name is unknown here, or the transport cannot be used on this machine.
+    """
+    asked_by = "transport"
+    if name == "auto":
+        name = env.read(ENVIRONMENT_VARIABLE)
+        asked_by = ENVIRONMENT_VARIABLE
+    status = transport_status(config)
+    usable = [kind for kind in _TRANSPORTS if status[kind.name] is None]
+    if name == "auto":
+        return usable[0](config)
+    for kind in usable:
+        if kind.name == name:
+            return kind(config)
+    names = ", ".join(["auto", *(kind.name for kind in usable)])
+    reason = f": {status[name]}" if name in status else ""
+    raise ValueError(f"expected {asked_by} to be one of {names}, got {name!r}{reason}")

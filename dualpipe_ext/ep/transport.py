@@ -1,0 +1,148 @@
+"""The contract between ``Buffer`` and what moves the rows.
+
+A transport moves tensors and knows nothing of autograd, streams or user mistakes that ``Buffer``
+can see without looking at data. Semantics are those of ``dualpipe_ext.ep.reference``, bit for bit;
+one test file (``tests/ep/test_transports.py``) holds every transport to it.
+
+Shapes: T tokens of this rank, H hidden, E experts, R ranks, E/R experts per rank, K top-k,
+N rows in token layout, M rows in expert layout.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.ep.fp8 import Quantized
+from dualpipe_ext.ep.handle import Handle, Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportConfig:
+    """What a ``Buffer`` was constructed with; equal on all ranks but for ``rank``."""
+
+    group: dist.ProcessGroup | None
+    """None: one rank, no process group needed."""
+    rank: int
+    num_ranks: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    num_sms: int | None
+    timeout_s: float
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.num_ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteOptions:
+    """How the rows of a dispatch shall lie at this rank."""
+
+    layout: Layout
+    alignment: int
+    max_recv_tokens: int | None
+    """Rows of the output, fixed; None for as many as arrive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What callers must know before they call."""
+
+    dtypes: frozenset[torch.dtype]
+    """Row dtypes that dispatch and combine take."""
+    syncs_host: bool
+    """Whether ``route`` waits for the device, so that it cannot be captured in a CUDA graph."""
+
+
+class Rows(NamedTuple):
+    """Rows as they lie at the receiver, in the handle's layout."""
+
+    tokens: Tensor
+    """[N or M, H]"""
+    scales: Tensor | None
+    """float32 [N or M, H/128] for FP8 tokens."""
+    weights: Tensor | None
+    """[N, K] in token layout, [M] in expert layout."""
+
+
+class Transport(ABC):
+    """Moves rows between the ranks of one group.
+
+    Every method is called on all ranks, in the same order. A transport may produce the expert
+    layout itself while rows arrive, or use the helpers in ``expand.py`` afterwards. Every wait is
+    bounded by ``config.timeout_s`` and ends in ``CommTimeoutError``.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, config: TransportConfig) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def unavailable(cls, config: TransportConfig) -> str | None:
+        """Why this machine or group cannot use the transport, in one line; None if it can."""
+
+    @abstractmethod
+    def route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
+        """Exchange counts and decide the place of every row; moves no token.
+
+        Args:
+            topk_idx: int64 [T, K], expert ids or -1, not yet checked against E.
+
+        Raises:
+            ValueError: on **every** rank, if any rank has an id out of range, routes to more rows
+                than a rank's ``max_recv_tokens``, or was given another layout or alignment.
+        """
+
+    @abstractmethod
+    def dispatch(
+        self,
+        x: Tensor | Quantized,
+        topk_weights: Tensor | None,
+        handle: Handle,
+        *,
+        fp8: bool = False,
+        pow2_scales: bool = False,
+    ) -> Rows:
+        """Send each token's row to every rank that has one of its experts, once.
+
+        Args:
+            x: [T, H], any strides; or rows already quantised, which are sent as they are.
+            topk_weights: [T, K]; given on all ranks or on none.
+            handle: from :meth:`route`, used for the first time or again.
+            fp8: quantise the rows on the way (``x`` is a tensor).
+        """
+
+    @abstractmethod
+    def combine(
+        self,
+        rows: Tensor,
+        handle: Handle,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        row_weights: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring rows back and sum them per token, in a fixed order.
+
+        Args:
+            rows: [N, H] or [M, H], as the handle's layout says.
+            weights: expert layout only, [M]: multiplies each row.
+            bias: [T, H], added before the result is rounded.
+            row_weights: numbers that belong to single choices, [N, K] or [M], to be returned to
+                them (the gradients of the weights that were dispatched); entries of choices that
+                are not here, and of padding, are ignored.
+
+        Returns:
+            [T, H] in the dtype of ``rows``; and ``row_weights`` as [T, K], 0 for dropped choices.
+        """

@@ -1,0 +1,150 @@
+"""User mistakes that can be seen without looking at the data: one line of ``ValueError`` each.
+
+Shapes: T tokens, H hidden, E experts, R ranks, K top-k, N or M rows as the handle's layout says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext.ep.fp8 import BLOCK
+from dualpipe_ext.ep.handle import LAYOUTS, Handle
+from dualpipe_ext.ep.transport import Transport, TransportConfig
+
+MAX_TOP_K = 32
+# Rows are moved in units of this many bytes by every transport that is not made of messages.
+ROW_BYTES = 16
+
+
+def check_config(config: TransportConfig) -> None:
+    """Refuse numbers that no transport can work with."""
+    for name in ("hidden", "num_experts", "top_k"):
+        _expect_int(name, getattr(config, name), least=1)
+    _expect_int("max_tokens", config.max_tokens, least=0)
+    if config.num_sms is not None:
+        _expect_int("num_sms", config.num_sms, least=0)
+    if config.top_k > MAX_TOP_K:
+        raise ValueError(f"expected top_k of at most {MAX_TOP_K}, got {config.top_k}")
+    if config.num_experts % config.num_ranks:
+        raise ValueError(
+            f"expected num_experts to be a multiple of the {config.num_ranks} ranks of the group, "
+            f"got {config.num_experts}"
+        )
+    if not config.timeout_s > 0:
+        raise ValueError(f"expected timeout_s above 0 seconds, got {config.timeout_s}")
+
+
+def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -> None:
+    """Check what is to be dispatched: a tensor, or FP8 values with their scales."""
+    config = transport.config
+    if fp8 and config.hidden % BLOCK:
+        raise ValueError(
+            f"expected hidden to be a multiple of {BLOCK} for fp8=True, got {config.hidden}"
+        )
+    if scales is None:
+        check_rows("x", x, transport)
+    elif not fp8:
+        raise ValueError("expected fp8=True with x given as (values, scales), got fp8=False")
+    else:
+        num_tokens = _num_rows(x)
+        _expect_tensor("x[0]", x, (num_tokens, config.hidden), {torch.float8_e4m3fn})
+        _expect_tensor("x[1]", scales, (num_tokens, config.hidden // BLOCK), {torch.float32})
+        _expect_device("x[1]", scales, x.device)
+    if x.shape[0] > config.max_tokens:
+        raise ValueError(
+            f"expected x of at most max_tokens={config.max_tokens} rows, got {x.shape[0]}"
+        )
+
+
+def check_rows(name: str, rows: Tensor, transport: Transport, num_rows: int | None = None) -> None:
+    """Check a [rows, H] tensor that will move; ``num_rows=None``: any number."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {type(rows).__name__}")
+    num_rows = _num_rows(rows) if num_rows is None else num_rows
+    hidden = transport.config.hidden
+    _expect_tensor(name, rows, (num_rows, hidden), transport.capabilities.dtypes)
+    if hidden * rows.element_size() % ROW_BYTES:
+        raise ValueError(
+            f"expected rows of {name} to be a multiple of {ROW_BYTES} bytes, got {hidden} x "
+            f"{rows.dtype} = {hidden * rows.element_size()} bytes"
+        )
+
+
+def check_topk_idx(
+    topk_idx: Tensor, num_tokens: int, device: torch.device, config: TransportConfig
+) -> None:
+    """Check shape, dtype and device; the ids themselves are checked by the transport."""
+    if not isinstance(topk_idx, Tensor):
+        raise ValueError(f"expected topk_idx to be a tensor, got {type(topk_idx).__name__}")
+    _expect_tensor("topk_idx", topk_idx, (num_tokens, config.top_k), {torch.int64})
+    _expect_device("topk_idx", topk_idx, device)
+
+
+def check_topk_weights(
+    topk_weights: Tensor, num_tokens: int, device: torch.device, config: TransportConfig
+) -> None:
+    """float32, or float64 for models that are float64 throughout."""
+    dtypes = {torch.float32, torch.float64}
+    _expect_tensor("topk_weights", topk_weights, (num_tokens, config.top_k), dtypes)
+    _expect_device("topk_weights", topk_weights, device)
+
+
+def check_handle(handle: object, transport: Transport) -> None:
+    """Only the buffer that made a handle can use it."""
+    if not isinstance(handle, Handle):
+        raise ValueError(f"expected a Handle from Buffer.dispatch, got {type(handle).__name__}")
+    if handle.owner is not transport:
+        raise ValueError("expected a handle that this Buffer's dispatch returned, got another's")
+
+
+def check_layout(layout: str, alignment: int, max_recv_tokens: int | None) -> None:
+    """Check how the output of a dispatch is asked for."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    _expect_int("alignment", alignment, least=1)
+    if layout == "token" and alignment != 1:
+        raise ValueError(f"expected alignment=1 with layout='token', got {alignment}")
+    if max_recv_tokens is not None:
+        _expect_int("max_recv_tokens", max_recv_tokens, least=0)
+
+
+def check_combine_extras(
+    rows: Tensor, handle: Handle, weights: Tensor | None, bias: Tensor | None
+) -> None:
+    """Check ``weights`` and ``bias`` against rows already checked."""
+    if weights is not None:
+        if handle.layout == "token":
+            raise ValueError(
+                "expected weights=None with layout='token' (weight the rows before), got a tensor"
+            )
+        dtypes = {torch.float32, torch.float64}
+        _expect_tensor("weights", weights, (handle.num_rows,), dtypes)
+        _expect_device("weights", weights, rows.device)
+    if bias is not None:
+        _expect_tensor("bias", bias, (handle.num_tokens, rows.shape[1]), {rows.dtype})
+        _expect_device("bias", bias, rows.device)
+
+
+def _num_rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
+
+
+def _expect_int(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+
+
+def _expect_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: set[torch.dtype] | frozenset
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(sorted(str(d) for d in dtypes))
+        raise ValueError(f"expected {name} of dtype {names}, got {tensor.dtype}")
+
+
+def _expect_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"expected {name} on {device}, got {tensor.device}")
