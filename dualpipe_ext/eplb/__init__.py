@@ -1,0 +1,37 @@
+"""Expert placement: loads in, maps out, and weights moved to where the maps say.
+
+``plan`` decides how many replicas each expert gets and where they live, ``placement`` spreads
+tokens over them, ``monitor`` measures loads, ``migrate`` moves weights and optimizer state, and
+``replica_grads`` keeps replicas equal. Nothing here knows of dispatch or of pipelines: the maps are
+tensors that a caller hands on.
+"""
+
+from dualpipe_ext.eplb.migrate import (
+    MigrationReport,
+    Move,
+    migrate,
+    migrate_optimizer,
+    plan_moves,
+    slot_state,
+)
+from dualpipe_ext.eplb.monitor import LoadMonitor, count_experts
+from dualpipe_ext.eplb.placement import Placement, balancedness, gpu_loads, select_replicas
+from dualpipe_ext.eplb.plan import rebalance_experts
+from dualpipe_ext.eplb.replica_grads import reduce_replica_grads
+
+__all__ = [
+    "LoadMonitor",
+    "MigrationReport",
+    "Move",
+    "Placement",
+    "balancedness",
+    "count_experts",
+    "gpu_loads",
+    "migrate",
+    "migrate_optimizer",
+    "plan_moves",
+    "rebalance_experts",
+    "reduce_replica_grads",
+    "select_replicas",
+    "slot_state",
+]

@@ -1,0 +1,175 @@
+"""Gradients of replicated experts: every replica ends with the sum over all of them.
+
+Each replica has seen other tokens, so the expert's gradient is the sum over its replicas; and its
+replicas stay equal only if all of them get the same bits. So the sum is always taken in slot order,
+which no backend's all-reduce promises. Only replicated experts are communicated: each rank that
+holds one sends its gradient to the other ranks that do, in one message per peer.
+
+Shapes: S slots in all, R ranks; rank r holds slots from ``r * S / R``. Gradients are [S/R, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.eplb.exchange import (
+    data_device,
+    exchange,
+    group_size_and_rank,
+    join,
+    new_message,
+    pack,
+    sections,
+)
+
+_TAG = 4104
+
+
+@torch.no_grad()
+def reduce_replica_grads(
+    grads: Sequence[Tensor],
+    phy2log: Tensor | Sequence[int],
+    group: dist.ProcessGroup | None = None,
+    *,
+    timeout_s: float = 300.0,
+) -> None:
+    """Replace each replica's gradient by the sum over the replicas of its expert, in place.
+
+    A collective call. The sum runs in slot order, in float32 (float64 for float64) and is rounded
+    once: all replicas end with the same bits, whatever the backend. Experts with a single replica
+    are neither read nor sent. CUDA gradients are exchanged in stream order, without waiting on the
+    host.
+
+    Args:
+        grads: [S/R, ...] floating point each, on one device: gradients of the slots of this rank.
+            Same number, shapes and dtypes on every rank.
+        phy2log: [S] the expert in every slot. Keep it on the CPU: its values are needed there.
+        group: the R ranks that hold the slots, by default the world.
+        timeout_s: longest wait for a peer, in seconds (CPU; on GPUs the group's own).
+
+    Raises:
+        ValueError: gradients that do not fit the map.
+        CommTimeoutError: a peer did not answer; it is named.
+    """
+    num_ranks, rank = group_size_and_rank(group)
+    experts = tuple(phy2log.tolist() if isinstance(phy2log, Tensor) else phy2log)
+    _check(grads, len(experts), num_ranks)
+    if not grads:
+        return
+    device = grads[0].device
+    wire = data_device(group, device)
+    join(group, wire)
+    plan = _plan(experts, num_ranks, rank, device)
+    sends = {peer: pack(grads, rows).to(wire) for peer, rows in plan.sends.items()}
+    receives = {peer: new_message(grads, n, wire) for peer, n in plan.receives.items()}
+    exchange(
+        sends,
+        receives,
+        group,
+        timeout_s=timeout_s,
+        what="gradients of replicas",
+        tag=_TAG,
+        wait_on_host=False,
+    )
+    if plan.rows.numel() == 0:
+        return
+    received = [
+        sections(message.to(device), grads, plan.receives[peer])
+        for peer, message in sorted(receives.items())
+    ]
+    for i, grad in enumerate(grads):
+        shares = torch.cat([grad.index_select(0, plan.rows), *(parts[i] for parts in received)])
+        shares = shares.to(torch.promote_types(grad.dtype, torch.float32))
+        total = shares.index_select(0, plan.terms[0])
+        for term in plan.terms[1:]:
+            total[: len(term)] += shares.index_select(0, term)
+        grad.index_copy_(0, plan.rows, total.index_select(0, plan.which).to(grad.dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """Who sends what, and what is added to what, on one rank.
+
+    The shares of a rank are the rows that it holds of replicated experts, followed by those that it
+    receives, by peer. Its experts are ordered by falling number of replicas, so that the experts
+    with a j-th replica are always the first ones.
+
+    Attributes:
+        sends: peer -> local rows that it needs.
+        receives: peer -> number of rows that come from it.
+        rows: [n] local rows that hold a replicated expert.
+        which: [n] for each of them, the position of its expert.
+        terms: terms[j] are the shares of the j-th replicas in slot order, one for each expert that
+            has so many.
+    """
+
+    sends: dict[int, tuple[int, ...]]
+    receives: dict[int, int]
+    rows: Tensor
+    which: Tensor
+    terms: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=1024)  # a map stays for many steps, and there is one for each layer
+def _plan(experts: tuple[int, ...], num_ranks: int, rank: int, device: torch.device) -> _Plan:
+    per_rank = len(experts) // num_ranks
+    slots_of: dict[int, list[int]] = {}
+    for slot, expert in enumerate(experts):
+        slots_of.setdefault(expert, []).append(slot)
+    replicated = [
+        slots
+        for slots in slots_of.values()
+        if len(slots) > 1 and any(slot // per_rank == rank for slot in slots)
+    ]
+    replicated.sort(key=len, reverse=True)
+    mine = sorted(s for slots in replicated for s in slots if s // per_rank == rank)
+    theirs = sorted(s for slots in replicated for s in slots if s // per_rank != rank)
+    share_of = {slot: share for share, slot in enumerate([*mine, *theirs])}
+    sends: dict[int, list[int]] = {}
+    for slot in mine:
+        for peer in {s // per_rank for s in slots_of[experts[slot]]} - {rank}:
+            sends.setdefault(peer, []).append(slot % per_rank)
+    receives: dict[int, int] = {}
+    for slot in theirs:
+        receives[slot // per_rank] = receives.get(slot // per_rank, 0) + 1
+
+    position = {experts[slots[0]]: i for i, slots in enumerate(replicated)}
+    terms = [
+        [share_of[slots[j]] for slots in replicated if len(slots) > j]
+        for j in range(len(replicated[0]) if replicated else 0)
+    ]
+    return _Plan(
+        sends={peer: tuple(rows) for peer, rows in sends.items()},
+        receives=receives,
+        rows=_index([slot % per_rank for slot in mine], device),
+        which=_index([position[experts[slot]] for slot in mine], device),
+        terms=tuple(_index(term, device) for term in terms),
+    )
+
+
+def _index(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _check(grads: Sequence[Tensor], num_slots: int, num_ranks: int) -> None:
+    if num_slots == 0 or num_slots % num_ranks:
+        raise ValueError(
+            f"expected a map whose slots divide evenly over {num_ranks} ranks, "
+            f"got {num_slots} slots"
+        )
+    for grad in grads:
+        if grad.dim() == 0 or len(grad) != num_slots // num_ranks or not grad.is_floating_point():
+            raise ValueError(
+                f"expected floating-point gradients with {num_slots // num_ranks} slots in the "
+                f"first dimension, got {grad.dtype} {list(grad.shape)}"
+            )
+        if grad.device != grads[0].device:
+            raise ValueError(
+                f"expected gradients on one device, got {grads[0].device} and {grad.device}"
+            )
