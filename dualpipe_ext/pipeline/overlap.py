@@ -1,0 +1,353 @@
+"""The overlap engine: a stage runs phase by phase, so that two chunks can take turns.
+
+What belongs here: the :class:`Phase` that a stage is made of, :class:`ChunkGraph` (one chunk on one
+stage, autograd cut between phases), the order in which the forward of one chunk and the backward of
+another are launched (:func:`interleave`), and the streams they are launched on (:class:`Launcher`).
+Nothing here knows what the phases compute.
+
+A stage offers phases with a method ``phases() -> Sequence[Phase]``; ``stage(*inputs)`` must equal
+their composition. A phase's ``fn`` takes the state as positional arguments and returns the next
+state, a tuple of tensors and arbitrary objects. Tensors that carry gradients must be items of the
+state themselves, not hidden in such objects.
+
+Memory on CUDA: tensors that cross between the two streams are marked with ``record_stream``, so the
+caching allocator reuses their memory only when both are done with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
+from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A step of a stage's forward.
+
+    Attributes:
+        name: for traces and tests, such as ``attention``.
+        stream: ``compute``, or ``comm`` for a phase that mostly moves data.
+        fn: takes the items of the state, returns the next state as a tuple. It may use activation
+            checkpointing (``torch.utils.checkpoint`` with ``use_reentrant=False``).
+    """
+
+    name: str
+    stream: Literal["compute", "comm"]
+    fn: Callable[..., tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        if self.stream not in ("compute", "comm"):
+            raise ValueError(
+                f"expected the stream of phase {self.name!r} to be 'compute' or 'comm', "
+                f"got {self.stream!r}"
+            )
+
+
+class Launch(NamedTuple):
+    """One launch of a pair: F or B of a phase, or W, its deferred weight gradients."""
+
+    op: Literal["F", "B", "W"]
+    index: int
+
+
+def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Launch]:
+    """The order in which a pair's phases are launched.
+
+    Each side is cut into runs of phases on the same stream. The two sides take turns, backward
+    first, so that in every turn one communicates while the other computes; where both would use
+    the same stream, the backward goes ahead alone until they do not. Weight gradients fill in
+    behind the next communication of the backward, or follow at once if there is none left. For one
+    layer of attention, dispatch, mlp and combine this is the order of DeepSeek-V3's published
+    profile: combine(B), attention(F), mlp(B), dispatch(F), dispatch(B), mlp(W), mlp(F),
+    attention(B), attention(W), combine(F).
+
+    Args:
+        forward: the phases whose forward runs, first to last.
+        backward: the phases whose backward runs, given first to last and run last to first.
+    """
+    forward_runs = _runs(forward, range(len(forward)))
+    backward_runs = _runs(backward, range(len(backward) - 1, -1, -1))
+    order: list[Launch] = []
+    owed: list[Launch] = []
+    while forward_runs or backward_runs:
+        alone = bool(forward_runs and backward_runs) and forward_runs[0][0] == backward_runs[0][0]
+        if backward_runs:
+            stream, indices = backward_runs.popleft()
+            order += [Launch("B", index) for index in indices]
+            if stream == "compute":
+                owed += [Launch("W", index) for index in indices]
+            if stream == "comm" or all(kind == "compute" for kind, _ in backward_runs):
+                order += owed
+                owed = []
+        if forward_runs and not alone:
+            _, indices = forward_runs.popleft()
+            order += [Launch("F", index) for index in indices]
+    return order
+
+
+def _runs(phases: Sequence[Phase], indices: range) -> deque[tuple[str, list[int]]]:
+    runs: deque[tuple[str, list[int]]] = deque()
+    for index in indices:
+        if not runs or runs[-1][0] != phases[index].stream:
+            runs.append((phases[index].stream, []))
+        runs[-1][1].append(index)
+    return runs
+
+
+class _Chain:
+    """Launches that depend on each other: the forward, or the backward, of one chunk."""
+
+    __slots__ = ("event", "stream")
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.event: Any = None
+
+
+class Launcher:
+    """Where phases run: the current stream, and beside it one of high priority for communication.
+
+    Without CUDA there is one order of execution and nothing to synchronise.
+
+    Args:
+        device: of the stages.
+        on_launch: called with ``name(F)``, ``name(B)`` or ``name(W)`` before every launch.
+    """
+
+    def __init__(
+        self, device: torch.device, on_launch: Callable[[str], None] | None = None
+    ) -> None:
+        self._device = device
+        self._on_launch = on_launch
+        # High priority: a communication kernel that starts late is a kernel nothing hides.
+        self._comm = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def start(self) -> _Chain:
+        """A chain that begins with what the current stream has produced so far."""
+        chain = _Chain()
+        if self._comm is not None:
+            chain.stream = torch.cuda.current_stream(self._device)
+            chain.event = chain.stream.record_event()
+        return chain
+
+    @contextmanager
+    def launch(
+        self, phase: Phase, op: str, chain: _Chain, tensors: Sequence[Any]
+    ) -> Iterator[None]:
+        """Run the body as the chain's next launch, on the phase's stream; it reads ``tensors``."""
+        if self._on_launch is not None:
+            self._on_launch(f"{phase.name}({op})")
+        if self._comm is None:
+            yield
+            return
+        stream = self._stream(phase)
+        self._follow(chain, stream, tensors)
+        with torch.cuda.stream(stream):
+            yield
+        chain.event, chain.stream = stream.record_event(), stream
+
+    def on_stream_of(self, phase: Phase) -> AbstractContextManager[Any]:
+        """Make the phase's stream current; nothing may be computed inside."""
+        return nullcontext() if self._comm is None else torch.cuda.stream(self._stream(phase))
+
+    def _stream(self, phase: Phase) -> Any:
+        return self._comm if phase.stream == "comm" else torch.cuda.current_stream(self._device)
+
+    def finish(self, chain: _Chain, tensors: Sequence[Any]) -> None:
+        """Make the chain's results, ``tensors``, safe to use on the current stream."""
+        if self._comm is not None:
+            self._follow(chain, torch.cuda.current_stream(self._device), tensors)
+
+    def _follow(self, chain: _Chain, stream: Any, tensors: Sequence[Any]) -> None:
+        if stream == chain.stream:
+            return
+        stream.wait_event(chain.event)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.is_cuda:
+                tensor.record_stream(stream)
+
+
+class ChunkGraph:
+    """One chunk on one stage: its forward phase by phase, then its backward in reverse.
+
+    Autograd is cut at the stage's inputs, between phases and at its outputs. What carries no
+    gradient (such a tensor, or any other object) is passed on as it is. Of the outputs only the way
+    back into the graph is kept, so their memory is free once the caller drops them.
+
+    Args:
+        phases: of the stage, at least one.
+        inputs: of the stage: tensors or other objects. They are used detached.
+        needs_grad: for each input, whether its gradient is wanted.
+        launcher: where the phases run.
+        store: takes the weight gradients of backwards that defer them, under ``(key, phase)``.
+        key: names the chunk in ``store``.
+        stubs: keep the way back from the outputs as tensors (see :func:`cut.gradient_root`).
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        inputs: Sequence[Any],
+        needs_grad: Sequence[bool],
+        *,
+        launcher: Launcher,
+        store: WeightGradStore,
+        key: Any,
+        stubs: bool = False,
+    ) -> None:
+        self.phases = tuple(phases)
+        self._launcher = launcher
+        self._store = store
+        self._key = key
+        self._stubs = stubs
+        self._entries: list[GradSlot | None] = []
+        # Per phase, the roots of its backward, each with the slot its gradient will be in.
+        self._exits: list[list[tuple[GradientEdge | Tensor, GradSlot]]] = []
+        self._output_slots: list[GradSlot | None] = []
+        with launcher.on_stream_of(self.phases[0]):
+            self._state = tuple(map(self._enter, inputs, needs_grad))
+        self._chain = launcher.start()
+
+    def _enter(self, value: Any, needs_grad: bool) -> Any:
+        cut = isinstance(value, Tensor) and needs_grad and torch.is_grad_enabled()
+        slot = GradSlot() if cut else None
+        self._entries.append(slot)
+        if slot is not None:
+            return receive(value, slot)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The stage's inputs as its first phase sees them, before it ran."""
+        assert not self._exits
+        return self._state
+
+    def run_forward(self, index: int) -> None:
+        """Run the forward of phase ``index``; phases run in order."""
+        assert index == len(self._exits)
+        phase = self.phases[index]
+        with self._launcher.launch(phase, "F", self._chain, self._state):
+            result = phase.fn(*self._state)
+        if not isinstance(result, tuple):
+            raise ValueError(
+                f"expected phase {phase.name!r} to return a tuple, got {type(result).__name__}"
+            )
+        self.leave(result)
+
+    def leave(self, result: tuple[Any, ...]) -> None:
+        """Take ``result`` as what the next phase returned: cut it and keep the way back."""
+        last = len(self._exits) == len(self.phases) - 1
+        # A cut belongs to the stream of the phase behind it: autograd runs a node on the stream it
+        # was made on, and would have that stream wait for the gradient.
+        user = self.phases[len(self._exits) + (not last)]
+        exits: list[tuple[GradientEdge | Tensor, GradSlot]] = []
+        cut: dict[int, tuple[Any, GradSlot | None]] = {}
+        for value in result:
+            if id(value) in cut:
+                continue
+            if not (isinstance(value, Tensor) and value.requires_grad):
+                cut[id(value)] = (value, None)
+                continue
+            slot = GradSlot()
+            exits.append((gradient_root(value, as_tensor=self._stubs and last), slot))
+            with self._launcher.on_stream_of(user):
+                cut[id(value)] = (value.detach() if last else receive(value, slot), slot)
+        self._exits.append(exits)
+        self._state = tuple(cut[id(value)][0] for value in result)
+        if last:
+            self._output_slots = [cut[id(value)][1] for value in result]
+
+    def forward(self) -> None:
+        """Run the forward of all phases."""
+        for index in range(len(self.phases)):
+            self.run_forward(index)
+
+    def take_outputs(self) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
+        """The stage's outputs, detached, and which of them will want a gradient; once."""
+        assert len(self._exits) == len(self.phases)
+        outputs, self._state = self._state, ()
+        self._launcher.finish(self._chain, outputs)
+        return outputs, tuple(slot is not None for slot in self._output_slots)
+
+    def start_backward(self, grads: Sequence[Tensor | None]) -> None:
+        """Give the gradients of the first outputs, None where there is none; the rest have none."""
+        assert len(grads) <= len(self._output_slots)
+        for slot, grad in zip(self._output_slots, grads, strict=False):
+            if slot is not None and grad is not None:
+                slot.add(grad)
+        self._chain = self._launcher.start()
+
+    def take_roots(self) -> tuple[list[GradientEdge | Tensor], list[Tensor]]:
+        """The roots of the next phase's backward (last to first) and their gradients; once."""
+        exits = [(root, slot.take()) for root, slot in self._exits.pop()]
+        return (
+            [root for root, grad in exits if grad is not None],
+            [grad for _, grad in exits if grad is not None],
+        )
+
+    def run_backward(self, index: int, *, defer: bool) -> None:
+        """Run the backward of phase ``index``; phases run in reverse order.
+
+        Args:
+            defer: leave weight gradients to :meth:`run_weights`. Those of ``comm`` phases are
+                computed at once all the same: they could not be hidden on the stream they are on.
+        """
+        phase = self.phases[index]
+        assert index == len(self._exits) - 1
+        roots, grads = self.take_roots()
+        deferring = (
+            self._store.deferring((self._key, index))
+            if defer and phase.stream == "compute"
+            else nullcontext()
+        )
+        with self._launcher.launch(phase, "B", self._chain, grads), deferring:
+            if roots:
+                torch.autograd.backward(roots, grads)
+
+    def run_weights(self, index: int) -> None:
+        """Compute the deferred weight gradients of phase ``index``."""
+        # The compute stream ran the backward that deferred them: its own order is enough.
+        with self._launcher.launch(self.phases[index], "W", self._launcher.start(), ()):
+            self._store.run((self._key, index))
+
+    def backward(self, *, defer: bool) -> None:
+        """Run the backward of all phases."""
+        for index in reversed(range(len(self.phases))):
+            self.run_backward(index, defer=defer)
+
+    def weights(self) -> None:
+        """Compute the deferred weight gradients of all phases, in the order of the backward."""
+        for index in reversed(range(len(self.phases))):
+            if self.phases[index].stream == "compute":
+                self.run_weights(index)
+
+    def take_input_grads(self) -> list[Tensor | None]:
+        """The gradients of the stage's inputs, None where there is none; once."""
+        grads = [None if slot is None else slot.take() for slot in self._entries]
+        self._launcher.finish(self._chain, grads)
+        return grads
+
+
+def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
+    """Run the forward of one chunk and the whole backward of another, interleaved.
+
+    ``backward.start_backward`` has been called. Every launch does what it would do alone, so the
+    results are those of the forward and then the backward, bit for bit.
+    """
+    for op, index in interleave(forward.phases, backward.phases):
+        if op == "F":
+            forward.run_forward(index)
+        elif op == "B":
+            backward.run_backward(index, defer=True)
+        else:
+            backward.run_weights(index)

@@ -1,0 +1,420 @@
+"""The runtime: executes any plan over torch.distributed, on the CPU (gloo) or on GPUs (NCCL).
+
+What belongs here: :class:`Pipeline` and its two named forms, the checks of what users pass, and
+what outlives a step. P ranks in the group, numbered 0..P-1 by ``rank_mapping``; chunks are the
+micro-batches of a step.
+
+Why it cannot deadlock. Every ordered pair of ranks that exchange messages has a channel of its own
+(``p2p.py``), and sender and receiver derive the same order of messages from the plan
+(``messages.py``). Sends never wait: a rank waits only for a message that its next action needs.
+When it does, it has posted the receives of all earlier messages of that channel, so the channel
+moves on whatever else is pending, and the message arrives once its sender has run the action that
+produces it. The sender waits in turn only for what its own actions need. So a circle of waiting
+ranks would be a circle of actions that need each other's results in plan order, and a plan that has
+none (``check_plan``) runs to its end.
+
+On CUDA there is more to wait for: a posted send or receive occupies the device until the peer takes
+its part, and whatever synchronises the device (the first launch of a kernel, freeing memory) waits
+for all of them. Therefore nothing is received ahead of the action that needs it. A rank held up so
+waits for messages that it needs now, and for the receivers of messages it has sent. Suppose rank r
+waits for rank s to receive. If s waits for r in turn, it is for a later message of the same
+channel, and then it has posted the earlier one too; if it waits for the rank beyond, so does the
+argument, and a chain of ranks ends.
+
+Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an error that names the
+ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
+first message of a stage boundary and at the end of the step; in between, the watchdog of NCCL ends
+the process if a peer stalls for longer than ``timeout_s`` and a minute.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dualpipe_ext.errors import DualPipeError
+from dualpipe_ext.pipeline import messages, microbatch, mirror
+from dualpipe_ext.pipeline.exchange import Exchange, TensorSpec
+from dualpipe_ext.pipeline.executor import Batch, StepExecutor
+from dualpipe_ext.pipeline.overlap import Launcher
+from dualpipe_ext.pipeline.p2p import Channel, close_all
+from dualpipe_ext.pipeline.plan import Plan, build_plan
+from dualpipe_ext.pipeline.stage import Criterion, LocalStage
+from dualpipe_ext.pipeline.timing import StepRecord, Stopwatch
+from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+
+PlanFactory = Callable[..., Plan]
+
+_CLOSED = "close()"
+
+
+class Pipeline(nn.Module):
+    """One rank's part of a pipeline.
+
+    Creating one is collective over ``group``, and so is every step.
+
+    Args:
+        kind: a schedule's name (see ``build_plan``), or a function ``(*, num_ranks, num_chunks)``
+            that returns a plan; its stages and pipes must not depend on ``num_chunks``.
+        stages: the modules of this rank's virtual stages, ascending: one for ``1f1b`` and
+            ``zb1p``, else two. See :class:`Phase` for what a stage can offer to be overlapped.
+        group: the pipeline's process group; by default the world.
+        batch_dim: dimension along which inputs and labels are cut into chunks.
+        rank_mapping: ``rank_mapping[i]`` is the pipeline rank of group rank i; by default i.
+        zero_bubble: compute deferred weight gradients where the plan has its W. Without it, every
+            backward is a full one, with the same gradients.
+        sync_mirrored_grads: at the end of a training step, sum the gradients of the copies that
+            DualPipe has of every stage. Gradients from before the step are left out of that sum,
+            so accumulating over steps works.
+        dynamic_shapes: stage outputs may differ in number, shape or dtype from chunk to chunk.
+            Differences that come from the inputs' own shapes are noticed without it.
+        boundary: shapes and dtypes at every stage boundary, if they are the same at all of them;
+            spares the headers that announce them.
+        timeout_s: longest wait for another rank, in seconds.
+        record: keep the times of each step in ``last_step``.
+        on_launch: called with the name of every phase before it is launched.
+        weight_grads: keeps deferred weight gradients.
+
+    Attributes:
+        stages: the modules.
+        rank: this rank in the pipeline.
+        num_ranks: ranks in the pipeline.
+        boundary: see above; may be changed between steps, on all ranks alike.
+        last_step: times of the last step, if ``record``.
+    """
+
+    def __init__(
+        self,
+        kind: str | PlanFactory,
+        stages: nn.Module | Sequence[nn.Module],
+        group: dist.ProcessGroup | None = None,
+        *,
+        batch_dim: int = 0,
+        rank_mapping: Sequence[int] | None = None,
+        zero_bubble: bool = True,
+        sync_mirrored_grads: bool = True,
+        dynamic_shapes: bool = False,
+        boundary: Sequence[TensorSpec] | None = None,
+        timeout_s: float = 600.0,
+        record: bool = False,
+        on_launch: Callable[[str], None] | None = None,
+        weight_grads: WeightGradStore | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(batch_dim, timeout_s)
+        group = group or _world()
+        self.num_ranks = group.size()
+        self.rank = _pipeline_rank(group, rank_mapping)
+        one = isinstance(stages, nn.Module) and not isinstance(stages, nn.ModuleList)
+        self.stages = nn.ModuleList([stages] if one else stages)
+        self.batch_dim = batch_dim
+        self.boundary = None if boundary is None else tuple(boundary)
+        self.last_step: StepRecord | None = None
+        self._options = (zero_bubble, dynamic_shapes, record)
+        self._store = WeightGradStore() if weight_grads is None else weight_grads
+        self._device = _device_of(self.stages)
+        self._broken: str | None = None
+        self._factory: PlanFactory = partial(build_plan, kind) if isinstance(kind, str) else kind
+        self._plans: dict[int, Plan] = {}
+        # Any number of chunks will do to learn the stages; this one all schedules can run.
+        layout = self._plan(2 * self.num_ranks)
+        self._sync = sync_mirrored_grads and layout.has_copies
+        ids = layout.stages_of(self.rank)
+        if len(ids) != len(self.stages):
+            raise ValueError(
+                f"expected {len(ids)} stage{'s' * (len(ids) > 1)} per rank for {layout.kind}, "
+                f"got {len(self.stages)}"
+            )
+        launcher = Launcher(self._device, on_launch)
+        self._local = {
+            stage: LocalStage(module, launcher, self._store)
+            for stage, module in zip(ids, self.stages, strict=True)
+        }
+        self._connect(layout, group, timeout_s)
+
+    def _connect(self, layout: Plan, group: dist.ProcessGroup, timeout_s: float) -> None:
+        """Agree with the other ranks that this is one pipeline, and open the channels."""
+        mine = {
+            "token": uuid.uuid4().hex,
+            "kind": layout.kind,
+            "rank": self.rank,
+            "sync_mirrored_grads": self._sync,
+            "copies": [
+                (layout.model_stage(stage), mirror.fingerprint(local.module))
+                for stage, local in self._local.items()
+                if self._sync
+            ],
+        }
+        everyone: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(everyone, mine, group=group)
+        _check_agreement(everyone)
+        everyone.sort(key=lambda info: info["rank"])
+        token = everyone[0]["token"]
+
+        def open_channel(purpose: str, source: int, destination: int) -> Channel:
+            return Channel(
+                f"dualpipe/{token}/{purpose}/{source}-{destination}",
+                source,
+                destination,
+                rank=self.rank,
+                device=self._device,
+                timeout_s=timeout_s,
+            )
+
+        self._outgoing: dict[int, Channel] = {}
+        self._incoming: dict[int, Channel] = {}
+        self._mirror: tuple[Channel, Channel] | None = None
+        # All ranks walk the same sorted list: see Channel for why.
+        for source, destination in messages.links(layout):
+            if self.rank == source:
+                self._outgoing[destination] = open_channel("stage", source, destination)
+            elif self.rank == destination:
+                self._incoming[source] = open_channel("stage", source, destination)
+        if self._sync:
+            other = mirror.mirror_rank(layout, self.rank)
+            low, high = sorted((self.rank, other))
+            up, down = open_channel("copy", low, high), open_channel("copy", high, low)
+            self._mirror = (up, down) if self.rank == low else (down, up)
+
+    def step(
+        self,
+        *inputs: Tensor | None,
+        num_chunks: int,
+        criterion: Criterion | None = None,
+        labels: Sequence[Tensor | None] = (),
+        return_outputs: bool = False,
+    ) -> tuple[Tensor | None, Any]:
+        """Run one training step, or one inference step under ``torch.no_grad()``.
+
+        Gradients are accumulated into ``.grad``. Losses are not averaged over chunks: the gradient
+        is that of their sum.
+
+        Args:
+            *inputs: of the model, where a pipe begins: rank 0 and, for DualPipe, the last rank,
+                each with its half of the batch. Ignored on other ranks.
+            num_chunks: number of chunks, for DualPipe of both directions together.
+            criterion: ``criterion(*outputs, *labels)`` gives a scalar loss. Needed in training
+                where a pipe ends: the last rank for ``1f1b`` and ``zb1p``, rank 0 for ``zbv`` and
+                DualPipeV, both ends for DualPipe.
+            labels: tensors for the criterion, where a pipe ends. For DualPipe those of the inputs
+                that the *other* end gave.
+            return_outputs: also return the model's outputs.
+
+        Returns:
+            ``(loss, outputs)``. The losses of the chunks, [chunks of the pipe], where a pipe ends
+            and there is a criterion, else None. The outputs, concatenated over the chunks, where a
+            pipe ends and they are asked for (a tuple if there are several), else None.
+
+        Raises:
+            ValueError: arguments do not fit; nothing has been sent, and the pipeline can go on.
+            CommTimeoutError: a rank was waited for too long.
+            DualPipeError: a rank was lost or runs another step, or an earlier step failed. After
+                any error inside a step the pipeline is broken and must be built anew.
+        """
+        if self._broken is not None:
+            raise DualPipeError(
+                f"expected a pipeline whose steps succeeded, got one that failed with "
+                f"{self._broken}; build it anew"
+            )
+        plan = self._plan(num_chunks)
+        training = torch.is_grad_enabled()
+        batch = self._batch(plan, inputs, criterion, labels, return_outputs, training)
+        try:
+            with self._synced_grads(plan) if training and self._sync else nullcontext():
+                self._run(plan, batch, training)
+            if any(batch.needs_grad):
+                grads = [batch.input_grads[chunk] for chunk in sorted(batch.input_grads)]
+                microbatch.backward_inputs(inputs, grads, self.batch_dim)
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            self._store.clear()
+            raise
+        losses = [batch.losses[chunk] for chunk in sorted(batch.losses)]
+        outputs = [batch.outputs[chunk] for chunk in sorted(batch.outputs)]
+        return (
+            torch.stack(losses) if losses else None,
+            microbatch.merge(outputs, self.batch_dim) if outputs else None,
+        )
+
+    def close(self) -> None:
+        """Give up the channels; no step can follow. Waits for other ranks for seconds at most."""
+        abort = self._broken not in (None, _CLOSED)
+        self._broken = self._broken or _CLOSED
+        mirrors = self._mirror or ()
+        close_all([*self._outgoing.values(), *self._incoming.values(), *mirrors], abort=abort)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Not available: one rank alone has no result."""
+        raise ValueError("expected a call of step(), got a call of the pipeline itself")
+
+    def _plan(self, num_chunks: int) -> Plan:
+        if num_chunks not in self._plans:
+            self._plans[num_chunks] = self._factory(num_ranks=self.num_ranks, num_chunks=num_chunks)
+        return self._plans[num_chunks]
+
+    def _batch(
+        self,
+        plan: Plan,
+        inputs: Sequence[Any],
+        criterion: Criterion | None,
+        labels: Sequence[Any],
+        return_outputs: bool,
+        training: bool,
+    ) -> Batch:
+        """Check what the user passed, and cut it into chunks."""
+        begins = any(plan.is_first(stage) for stage in self._local)
+        ends = any(plan.is_last(stage) for stage in self._local)
+        per_pipe = plan.chunks_of_pipe(0)
+        if ends and training and criterion is None:
+            raise ValueError(
+                f"expected a criterion on rank {self.rank}, where a pipe ends, got none; "
+                f"for inference, call step() under torch.no_grad()"
+            )
+        if begins and not any(isinstance(x, Tensor) for x in inputs):
+            raise ValueError(f"expected inputs on rank {self.rank}, where a pipe begins, got none")
+        batch = Batch([], [], criterion if ends else None, [], return_outputs)
+        if begins:
+            batch.inputs = microbatch.split("inputs", inputs, per_pipe, self.batch_dim)
+            batch.needs_grad = [
+                training and isinstance(x, Tensor) and x.requires_grad for x in inputs
+            ]
+        if ends and criterion is not None:
+            batch.labels = microbatch.split("labels", labels, per_pipe, self.batch_dim)
+        return batch
+
+    def _run(self, plan: Plan, batch: Batch, training: bool) -> None:
+        zero_bubble, dynamic_shapes, record = self._options
+        exchange = Exchange(
+            plan,
+            self.rank,
+            self._outgoing,
+            self._incoming,
+            device=self._device,
+            forward_only=not training,
+            varying=dynamic_shapes,
+            declared=self.boundary,
+        )
+        if microbatch.uneven(batch.inputs):
+            for stage in self._local:
+                if plan.is_first(stage):
+                    exchange.mark_varying(stage)
+        stopwatch = Stopwatch(self._device) if record else None
+        StepExecutor(
+            plan,
+            self.rank,
+            self._local,
+            exchange,
+            batch,
+            training=training,
+            zero_bubble=zero_bubble,
+            stopwatch=stopwatch,
+        ).run()
+        assert not len(self._store)
+        if stopwatch is not None:
+            self.last_step = stopwatch.record()
+
+    def _synced_grads(self, plan: Plan) -> AbstractContextManager[None]:
+        """Around a training step: sum what it adds to the gradients with the copies."""
+        assert self._mirror is not None
+        ordered = sorted(self._local, key=plan.model_stage)
+        return mirror.synced_grads([self._local[s].module for s in ordered], *self._mirror)
+
+
+class DualPipe(Pipeline):
+    """DeepSeek's bidirectional pipeline; see :class:`Pipeline` for the options.
+
+    Args:
+        stages: of rank r in a pipeline of P: model stages r and P-1-r.
+        group: an even number of ranks.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__("dualpipe", list(stages), group, **options)
+
+
+class DualPipeV(Pipeline):
+    """DualPipe cut in half: one V-shaped pipe; see :class:`Pipeline` for the options.
+
+    Args:
+        stages: of rank r in a pipeline of P: model stages r and 2P-1-r.
+        group: any number of ranks.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__("dualpipev", list(stages), group, **options)
+
+
+def _world() -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise ValueError(
+            "expected an initialised torch.distributed, got none; call init_process_group"
+        )
+    return dist.group.WORLD
+
+
+def _pipeline_rank(group: dist.ProcessGroup, rank_mapping: Sequence[int] | None) -> int:
+    size = group.size()
+    mapping = list(range(size)) if rank_mapping is None else list(rank_mapping)
+    if sorted(mapping) != list(range(size)):
+        raise ValueError(
+            f"expected rank_mapping to be a permutation of 0..{size - 1}, got {mapping}"
+        )
+    return mapping[group.rank()]
+
+
+def _check_options(batch_dim: int, timeout_s: float) -> None:
+    if batch_dim < 0:
+        raise ValueError(f"expected batch_dim of 0 or more, got {batch_dim}")
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise ValueError(f"expected timeout_s above 0 and finite, got {timeout_s}")
+
+
+def _device_of(stages: nn.ModuleList) -> torch.device:
+    """Where the stages are; without parameters, where the process computes."""
+    tensors = (*stages.parameters(), *stages.buffers())
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"expected all stages of a rank on one device, got {sorted(map(str, devices))}"
+        )
+    if devices:
+        return devices.pop()
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _check_agreement(everyone: list[dict[str, Any]]) -> None:
+    """All ranks must have built the same pipeline, and copies of a stage must be copies."""
+    for what in ("kind", "sync_mirrored_grads"):
+        values = {info["rank"]: info[what] for info in everyone}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"expected the same {what} on every rank, got {values}")
+    seen: dict[int, tuple[int, str]] = {}
+    for info in everyone:
+        for model_stage, parameters in info["copies"]:
+            rank, known = seen.setdefault(model_stage, (info["rank"], parameters))
+            if known != parameters:
+                raise ValueError(
+                    f"expected two copies of model stage {model_stage} with the same parameters "
+                    f"(names, shapes, dtypes), got different ones on pipeline ranks {rank} and "
+                    f"{info['rank']}; rank r of P takes model stages r and P-1-r"
+                )

@@ -1,0 +1,193 @@
+"""Deferred weight gradients: nothing changes but when they are computed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dualpipe_ext.pipeline.weight_grad import (
+    WeightGradStore,
+    defer_weight_grads,
+    grouped_linear,
+    linear,
+)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def _grads(fn, *tensors):
+    for t in tensors:
+        t.grad = None
+    fn().square().sum().backward()
+    return [None if t.grad is None else t.grad.clone() for t in tensors]
+
+
+def _leaves(dtype, *shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead", [(6,), (2, 3), (), (0,)])
+def test_linear_equals_torch(dtype, lead):
+    x, w, b = _leaves(dtype, (*lead, 5), (4, 5), (4,))
+    assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+    expected = _grads(lambda: F.linear(x, w, b), x, w, b)
+    for got, want in zip(_grads(lambda: linear(x, w, b), x, w, b), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deferred_weight_gradient_arrives_with_its_w(dtype):
+    x, w, b = _leaves(dtype, (6, 5), (4, 5), (4,))
+    expected = _grads(lambda: linear(x, w, b), x, w, b)
+    store = WeightGradStore()
+    with store.deferring("chunk"):
+        early = _grads(lambda: linear(x, w, b), x, w, b)
+    assert torch.equal(early[0], expected[0])
+    assert early[1] is None
+    assert torch.equal(early[2], expected[2])
+    assert len(store) == 1
+    store.run("chunk")
+    assert torch.equal(w.grad, expected[1])
+    assert len(store) == 0
+
+
+def test_deferred_gradients_accumulate_and_run_hooks():
+    x, w = _leaves(torch.float64, (6, 5), (4, 5))
+    store = WeightGradStore()
+    for key in range(2):
+        with store.deferring(key):
+            linear(x, w).sum().backward()
+    calls = []
+    w.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.clone()))
+    store.run(1)
+    buffer = w.grad
+    store.run(0)
+    assert w.grad is buffer, "the second gradient must be added in place"
+    assert len(calls) == 2
+    assert torch.equal(calls[1], 2 * calls[0])
+
+
+def test_computed_weight_is_not_deferred():
+    x, base = _leaves(torch.float64, (6, 5), (4, 5))
+    store = WeightGradStore()
+    with store.deferring(0):
+        linear(x, base * 2).sum().backward()
+    store.run(0)
+    torch.testing.assert_close(base.grad, 2 * x.detach().sum(0).expand(4, 5))
+
+
+def test_frozen_weight_and_input_without_gradient():
+    x, w = _leaves(torch.float64, (6, 5), (4, 5))
+    store = WeightGradStore()
+    with store.deferring(0):
+        linear(x, w.detach()).sum().backward()
+        assert x.grad is not None
+        linear(x.detach(), w).sum().backward()
+    store.run(0)
+    torch.testing.assert_close(w.grad, x.detach().sum(0).expand(4, 5))
+    with torch.no_grad():
+        assert not linear(x, w).requires_grad
+
+
+def test_deferring_ends_after_an_error():
+    store = WeightGradStore()
+    with pytest.raises(RuntimeError, match="boom"), store.deferring(0):
+        raise RuntimeError("boom")
+    x, w = _leaves(torch.float64, (6, 5), (4, 5))
+    linear(x, w).sum().backward()
+    assert w.grad is not None
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_activation_checkpointing(deferred):
+    layer = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    plain = copy.deepcopy(layer)
+    defer_weight_grads(layer)
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    plain(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    store = WeightGradStore()
+    y = checkpoint(layer, x, use_reentrant=False)
+    if deferred:
+        with store.deferring(0):
+            y.square().sum().backward()
+        assert layer[0].weight.grad is None
+        store.run(0)
+    else:
+        y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-13, atol=1e-13)
+    for a, b in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-13, atol=1e-13)
+
+
+def test_autocast_like_torch():
+    x, w, b = _leaves(torch.float32, (6, 5), (4, 5), (4,))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, w, b)
+        got = linear(x, w, b)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, expected)
+    want = _grads(lambda: expected, x, w, b)
+    store = WeightGradStore()
+    with store.deferring(0):
+        have = _grads(lambda: got, x, w, b)
+    store.run(0)
+    assert w.grad.dtype == torch.float32
+    for a, c in zip([have[0], w.grad, have[2]], want, strict=True):
+        torch.testing.assert_close(a, c, rtol=2**-6, atol=2**-6)
+
+
+def test_defer_weight_grads_changes_only_plain_linears():
+    class Own(nn.Linear):
+        pass
+
+    module = nn.Sequential(nn.Linear(5, 4), Own(4, 4), nn.Sequential(nn.Linear(4, 2, bias=False)))
+    keys, weight = list(module.state_dict()), module[0].weight
+    x = torch.randn(3, 5)
+    expected = module(x)
+    assert defer_weight_grads(module) is module
+    assert list(module.state_dict()) == keys
+    assert module[0].weight is weight
+    assert type(module[1]) is Own
+    assert torch.equal(module(x), expected)
+    store = WeightGradStore()
+    with store.deferring(0):
+        module(x).sum().backward()
+    has_grad = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert has_grad == {"0.bias", "1.weight", "1.bias"}
+    copied = copy.deepcopy(module)
+    assert torch.equal(copied(x), expected)
+    assert copied[0].weight is not weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", [[2, 2, 7], [0, 0, 0], [3, 6, 9]])
+def test_grouped_linear(dtype, ends):
+    x, w = _leaves(dtype, (9, 8), (3, 8, 16))
+    offsets = torch.tensor(ends, dtype=torch.int32)
+
+    def by_hand():
+        rows = [x[a:b] @ w[g] for g, (a, b) in enumerate(zip([0, *ends], ends, strict=False))]
+        return torch.cat([*rows, (x[ends[-1] :] @ w[0]) * 0])
+
+    torch.testing.assert_close(grouped_linear(x, w, offsets), by_hand())
+    expected = _grads(by_hand, x, w)
+    tolerance = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {}
+    now = _grads(lambda: grouped_linear(x, w, offsets), x, w)
+    for got, want in zip(now, expected, strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
+    store = WeightGradStore()
+    with store.deferring(0):
+        later = _grads(lambda: grouped_linear(x, w, offsets), x, w)
+    assert later[1] is None
+    store.run(0)
+    assert torch.equal(w.grad, now[1])
+    assert torch.equal(later[0], now[0])
