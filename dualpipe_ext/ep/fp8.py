@@ -49,14 +49,16 @@ def quantize(x: Tensor, *, pow2_scales: bool = False) -> Quantized:
     blocks = _blocks(x).float()
     amax = blocks.abs().amax(dim=-1).clamp_min(SMALLEST_AMAX)
     if pow2_scales:
-        mantissa, exponent = torch.frexp(amax / E4M3_MAX)
-        # frexp's mantissa is in [0.5, 1): exactly 0.5 is itself a power of two.
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+        # The smallest 2^e with amax <= 448 * 2^e, without rounding: 448 is 0.875 * 2^9.
+        mantissa, exponent = torch.frexp(amax)
+        exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
         scales = torch.ldexp(torch.ones_like(amax), exponent)
         inverse = torch.ldexp(torch.ones_like(amax), -exponent)
     else:
-        scales = amax / E4M3_MAX
-        inverse = E4M3_MAX / amax
+        # Times the reciprocal: by a number, torch divides on the CPU but multiplies by its
+        # reciprocal on CUDA, and the results would differ in the last bit.
+        scales = amax * (1.0 / E4M3_MAX)
+        inverse = amax.reciprocal() * E4M3_MAX
     values = (blocks * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn)
     return Quantized(values.view(x.shape), scales)
 

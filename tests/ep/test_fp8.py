@@ -37,10 +37,20 @@ def test_scales() -> None:
     x = _random(6, 512)
     amax = x.view(6, 4, BLOCK).abs().amax(-1)
     plain, pow2 = quantize(x).scales, quantize(x, pow2_scales=True).scales
-    assert torch.equal(plain, amax / 448)
+    torch.testing.assert_close(plain, amax / 448, rtol=2.0**-22, atol=0)
     # A power of two, not below the plain scale and less than twice it.
     assert (torch.frexp(pow2).mantissa == 0.5).all()
-    assert ((pow2 >= plain) & (pow2 < 2 * plain)).all()
+    exact = amax.double() / 448
+    assert ((pow2 >= exact) & (pow2 < 2 * exact)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pow2_scales", [False, True])
+def test_a_gpu_gives_the_same_bits(pow2_scales: bool) -> None:
+    x = (_random(300, 512) * torch.logspace(-6, 6, 300)[:, None]).bfloat16()
+    here, there = (quantize(t, pow2_scales=pow2_scales) for t in (x, x.cuda()))
+    assert torch.equal(here.scales, there.scales.cpu())
+    assert torch.equal(here.values.view(torch.uint8), there.values.view(torch.uint8).cpu())
 
 
 def test_exact_powers_of_two_are_not_doubled() -> None:
