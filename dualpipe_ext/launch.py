@@ -25,8 +25,9 @@ import torch.multiprocessing as mp
 from dualpipe_ext.errors import CommTimeoutError, WorkerFailedError
 
 # Workers fork from a server that has imported these once: 8 ranks start in well under a second,
-# where "spawn" imports torch again in every one of them.
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.nn"]
+# where "spawn" imports torch again in every one of them. (The last is what autograd imports at the
+# first backward with given gradients.)
+_PRELOAD = ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes"]
 
 
 def default_backend() -> str:

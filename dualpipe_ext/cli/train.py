@@ -1,0 +1,191 @@
+"""``dualpipe train``: a MoE language model under DualPipe, on whatever this machine has."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dualpipe_ext.training import RunOptions, TrainConfig
+
+_MODEL, _RUN, _PARALLEL = "Model", "Run", "Parallelism"
+
+
+def command(
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_RUN)] = 300,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training text; by default the standard library's source.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; by default runs/<time>.", rich_help_panel=_RUN),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint, or a run's folder, to go on from.", rich_help_panel=_RUN),
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: the end only.", rich_help_panel=_RUN)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything.", rich_help_panel=_RUN)] = 0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = 3e-3,
+    batch: Annotated[
+        int | None, typer.Option(help="Sequences per step over all ranks.", rich_help_panel=_RUN)
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence; by default 128, on GPUs 1024.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float64; by default bfloat16 on GPUs.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(help="dualpipe, dualpipev, 1f1b, zb1p or zbv.", rich_help_panel=_PARALLEL),
+    ] = "dualpipev",
+    pp: Annotated[
+        int | None, typer.Option(help="Pipeline ranks.", rich_help_panel=_PARALLEL)
+    ] = None,
+    ep: Annotated[
+        int | None, typer.Option(help="Expert-parallel ranks.", rich_help_panel=_PARALLEL)
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Micro-batches per step.", rich_help_panel=_PARALLEL)
+    ] = None,
+    transport: Annotated[
+        str, typer.Option(help="How tokens reach their experts.", rich_help_panel=_PARALLEL)
+    ] = "auto",
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Slots for replicas of loaded experts; by default 2 per expert-parallel rank.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = None,
+    rebalance_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between re-placements of the experts; 0: never.", rich_help_panel=_PARALLEL
+        ),
+    ] = 50,
+    timeout_s: Annotated[
+        float,
+        typer.Option(help="Longest wait for another rank, in seconds.", rich_help_panel=_PARALLEL),
+    ] = 120.0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset, tiny or small; by default small on GPUs.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width.", rich_help_panel=_MODEL)] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers.", rich_help_panel=_MODEL)] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Routed experts per layer.", rich_help_panel=_MODEL)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
+    ] = None,
+) -> None:
+    """Train a Mixture-of-Experts language model under DualPipe with expert parallelism.
+
+    On a machine without GPUs: 4 processes, 2 pipeline x 2 expert-parallel ranks. On GPUs: one
+    process each, all of them. Under torchrun: the processes it started, on all its hosts.
+    """
+    # Here, not at the top: --help must not wait for torch.
+    from dualpipe_ext.models import PRESETS
+    from dualpipe_ext.training import RunOptions, TrainConfig, checkpoint
+
+    on_gpus, num_ranks = _machine()
+    pp, ep = _grid(pp, ep, on_gpus=on_gpus, num_ranks=num_ranks)
+    preset = model or ("small" if on_gpus else "tiny")
+    if preset not in PRESETS:
+        raise ValueError(f"expected --model of {', '.join(PRESETS)}, got {preset!r}")
+    chunks = max(4, 2 * pp) if chunks is None else chunks
+    config = TrainConfig(
+        model=PRESETS[preset].with_overrides(
+            hidden=hidden, num_layers=layers, num_experts=experts, top_k=top_k
+        ),
+        schedule=schedule.lower(),
+        pp=pp,
+        ep=ep,
+        num_chunks=chunks,
+        batch=2 * chunks * ep if batch is None else batch,
+        seq_len=(1024 if on_gpus else 128) if seq_len is None else seq_len,
+        steps=steps,
+        lr=lr,
+        warmup=min(20, steps // 4),
+        redundant_experts=2 * ep if redundant_experts is None else redundant_experts,
+        rebalance_every=rebalance_every,
+        transport=transport,
+        dtype=dtype or ("bfloat16" if on_gpus else "float32"),
+        seed=seed,
+        timeout_s=timeout_s,
+    )
+    if data is not None and not data.is_file():
+        raise ValueError(f"expected a readable text file for --data, got {data}")
+    if resume is not None:
+        resume = checkpoint.find(resume)
+        done = checkpoint.check_layout(resume, config.layout())
+        if done >= steps:
+            raise ValueError(f"expected --steps beyond the checkpoint's {done}, got {steps}")
+    # A resumed run goes on in its own folder: RUN/checkpoints/step-N.
+    own = resume.parent.parent if resume else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    out = own if out is None else out
+    if (out / "metrics.csv").exists() and (resume is None or out.resolve() != own.resolve()):
+        raise ValueError(f"expected --out without a run in it (or --resume {out}), got {out}")
+    _start(config, RunOptions(out=out, data=data, resume=resume, save_every=save_every))
+
+
+def _machine() -> tuple[bool, int | None]:
+    """Whether there are GPUs, and the number of ranks if the machine or torchrun decides it."""
+    import torch
+
+    on_gpus = torch.cuda.is_available()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return on_gpus, int(os.environ["WORLD_SIZE"])
+    return on_gpus, torch.cuda.device_count() if on_gpus else None
+
+
+def _grid(
+    pp: int | None, ep: int | None, *, on_gpus: bool, num_ranks: int | None
+) -> tuple[int, int]:
+    """Fill in what the user left open of pipeline x expert-parallel ranks."""
+    if num_ranks is None:
+        return 2 if pp is None else pp, 2 if ep is None else ep
+    for name, value in (("--pp", pp), ("--ep", ep)):
+        if value is not None and (value < 1 or num_ranks % value):
+            raise ValueError(f"expected {name} to divide {num_ranks} ranks, got {value}")
+    if pp is None:
+        # Experts first: NVLink carries them, and DualPipeV overlaps on one pipeline rank too.
+        if ep is not None:
+            pp = num_ranks // ep
+        else:
+            pp = 2 if num_ranks >= 4 and num_ranks % 2 == 0 else 1
+    ep = num_ranks // pp if ep is None else ep
+    if pp * ep != num_ranks:
+        raise ValueError(f"expected --pp x --ep = {num_ranks} ranks, got {pp} x {ep}")
+    return pp, ep
+
+
+def _start(config: TrainConfig, options: RunOptions) -> None:
+    from dualpipe_ext import launch
+    from dualpipe_ext.training import run
+
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        launch.init_from_env(timeout_s=config.timeout_s)
+        run(config, options)
+        return
+    launch.run_ranks(run, config.pp * config.ep, config, options, timeout_s=config.timeout_s)

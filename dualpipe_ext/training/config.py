@@ -1,0 +1,108 @@
+"""Everything that defines a training run, checked before any process starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dualpipe_ext.ep.registry import transport_names
+from dualpipe_ext.models import ModelConfig, split_layers
+from dualpipe_ext.pipeline import Plan, build_plan
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """A run of ``pp`` x ``ep`` ranks.
+
+    Attributes:
+        model: sizes of the model.
+        schedule: the pipeline schedule, one of :data:`dualpipe_ext.pipeline.KINDS`.
+        pp: pipeline-parallel ranks.
+        ep: expert-parallel ranks, which are data-parallel for everything but the experts.
+        num_chunks: micro-batches per step.
+        batch: sequences per step, over all ranks; a multiple of ``num_chunks * ep``.
+        seq_len: tokens per sequence.
+        steps: optimizer steps in the whole run (the learning-rate schedule's end).
+        lr: peak learning rate, reached after ``warmup`` steps, then a cosine to a tenth of it.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the whole gradient.
+        bias_rate: update speed of the router's balancing bias.
+        redundant_experts: slots beyond one per expert, filled with replicas of loaded experts.
+        rebalance_every: steps between re-plannings of the experts' placement; 0 for never.
+        transport: how tokens reach their experts; "auto" takes the fastest this machine has.
+        dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
+        seed: of the initialisation and the order of the data.
+        timeout_s: longest wait for another rank, in seconds.
+    """
+
+    model: ModelConfig
+    schedule: str = "dualpipev"
+    pp: int = 2
+    ep: int = 2
+    num_chunks: int = 4
+    batch: int = 16
+    seq_len: int = 128
+    steps: int = 200
+    lr: float = 3e-3
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    bias_rate: float = 1e-3
+    redundant_experts: int = 0
+    rebalance_every: int = 0
+    transport: str = "auto"
+    dtype: str = "float32"
+    seed: int = 0
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "ep", "num_chunks", "batch", "seq_len", "steps", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"expected a positive {name}, got {getattr(self, name)}")
+        for name in ("warmup", "redundant_experts", "rebalance_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.transport not in transport_names():
+            raise ValueError(
+                f"expected transport to be one of {', '.join(transport_names())}, "
+                f"got {self.transport!r}"
+            )
+        plan = self.plan()
+        split_layers(self.model.num_layers, len(plan.pipes[0]))
+        if self.batch % (self.num_chunks * self.ep):
+            raise ValueError(
+                f"expected batch to be a multiple of chunks x expert-parallel ranks = "
+                f"{self.num_chunks} x {self.ep}, got {self.batch}"
+            )
+        if self.num_slots % self.ep:
+            raise ValueError(
+                f"expected experts + redundant experts to be a multiple of {self.ep} "
+                f"expert-parallel ranks, got {self.model.num_experts} + {self.redundant_experts}"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Physical expert slots S over all expert-parallel ranks."""
+        return self.model.num_experts + self.redundant_experts
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one micro-batch on one rank."""
+        return self.batch // (self.num_chunks * self.ep)
+
+    def plan(self) -> Plan:
+        """The pipeline plan this run executes."""
+        return build_plan(self.schedule, num_ranks=self.pp, num_chunks=self.num_chunks)
+
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed bit for bit."""
+        # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
+        # transport; everything else decides what is in the checkpoint.
+        free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every")
+        return {k: v for k, v in asdict(self).items() if k not in free}

@@ -1,0 +1,131 @@
+"""A whole run as one rank lives it: set up, resume, train, save, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from dualpipe_ext.pipeline import simulate
+from dualpipe_ext.training import checkpoint
+from dualpipe_ext.training.config import TrainConfig
+from dualpipe_ext.training.data import load_text
+from dualpipe_ext.training.progress import (
+    Metrics,
+    ProgressDisplay,
+    as_facts,
+    plot_loss,
+    show_summary,
+    summarize,
+)
+from dualpipe_ext.training.trainer import StepReport, Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where a run reads and writes; nothing here changes what it computes.
+
+    Attributes:
+        out: the run's folder: metrics.csv, loss.png, summary.json, checkpoints/.
+        data: training text, or ``None`` for the standard library's.
+        resume: a checkpoint to go on from.
+        save_every: steps between checkpoints; 0 for the last step only.
+    """
+
+    out: Path
+    data: Path | None = None
+    resume: Path | None = None
+    save_every: int = 0
+
+
+def run(config: TrainConfig, options: RunOptions) -> list[float]:
+    """Train; called on every rank with the process group initialised. Returns the losses."""
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    trainer = Trainer(config, load_text(options.data), device=device)
+    if options.resume is not None:
+        checkpoint.check_layout(options.resume, config.layout())
+        trainer.load_state_dict(checkpoint.load(options.resume))
+    losses: list[float] = []
+    with _Reporter(trainer, options) as reporter:
+        while trainer.steps_done < config.steps:
+            report = trainer.step()
+            losses.append(report.loss)
+            reporter.step(report)
+            last = trainer.steps_done == config.steps
+            if last or (options.save_every and trainer.steps_done % options.save_every == 0):
+                checkpoint.save(
+                    options.out / "checkpoints",
+                    trainer.steps_done,
+                    config.layout(),
+                    trainer.state_dict(),
+                )
+        reporter.finish()
+    trainer.close()
+    return losses
+
+
+class _Reporter:
+    """Rank 0 shows and records the run; on the other ranks everything here does nothing."""
+
+    def __init__(self, trainer: Trainer, options: RunOptions) -> None:
+        self._trainer, self._options = trainer, options
+        self._active = dist.get_rank() == 0
+        if not self._active:
+            return
+        options.out.mkdir(parents=True, exist_ok=True)
+        self._console = Console()
+        self._metrics = Metrics(options.out / "metrics.csv", steps_done=trainer.steps_done)
+        self._display = ProgressDisplay(
+            self._console, steps=trainer.config.steps, steps_done=trainer.steps_done
+        )
+
+    def __enter__(self) -> _Reporter:
+        if self._active:
+            for name, value in self._facts().items():
+                self._console.print(f"{name:>12}  {value}", highlight=False)
+            self._display.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._active:
+            self._display.__exit__(*exc)
+            self._metrics.close()
+
+    def step(self, report: StepReport) -> None:
+        if self._active:
+            self._metrics.add(report)
+            self._display.update(report)
+
+    def finish(self) -> None:
+        if not self._active or not self._metrics.rows:
+            return
+        self._display.__exit__()
+        facts = self._facts()
+        plot_loss(self._metrics.rows, self._options.out / "loss.png", title=facts["schedule"])
+        summary = summarize(
+            self._metrics.rows, facts, predicted_bubble=simulate(self._trainer.plan).bubble_ratio
+        )
+        show_summary(self._console, summary, self._options.out / "summary.json")
+        self._console.print(f"saved in {self._options.out}", highlight=False)
+
+    def _facts(self) -> dict[str, str]:
+        trainer, config = self._trainer, self._trainer.config
+        where = (
+            torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
+        ) + f", torch {torch.__version__}"
+        return as_facts(
+            schedule=f"{config.schedule}, {config.pp} pipeline x {config.ep} expert-parallel ranks",
+            transport=trainer.buffer.transport,
+            experts=(
+                f"{config.model.num_experts} (top {config.model.top_k}) "
+                f"in {config.num_slots} slots per layer"
+            ),
+            device=where,
+        )

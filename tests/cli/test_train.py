@@ -1,0 +1,171 @@
+"""``dualpipe train`` as a user runs it: files left behind, resuming, failures, Ctrl-C."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dualpipe_ext.cli.main import main
+
+TINY = [
+    "--hidden=32", "--layers=4", "--experts=8", "--top-k=2", "--seq-len=32", "--seed=1"
+]  # fmt: skip
+
+
+def dualpipe(*args: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dualpipe_ext", "train", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def losses(run: Path) -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_a_run_leaves_metrics_plot_summary_and_checkpoint(tmp_path: Path):
+    done = dualpipe(*TINY, "--steps=6", "--out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert len(losses(run)) == 6
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["transport"] == "collective"
+    assert "2 pipeline x 2 expert-parallel" in done.stdout
+    assert "bubble" in done.stdout
+    assert (run / "checkpoints" / "step-00000006" / "rank-00003.pt").is_file()
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path: Path):
+    common = [*TINY, "--steps=8", "--rebalance-every=3"]
+    assert dualpipe(*common, "--out=straight", "--save-every=5", cwd=tmp_path).returncode == 0
+    straight = losses(tmp_path / "straight")
+    # As after a crash in step 7: metrics past the checkpoint, which must not stay.
+    checkpoint = "straight/checkpoints/step-00000005"
+    resumed = dualpipe(*common, f"--resume={checkpoint}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "straight") == straight
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--pp=0"], "expected a positive pp, got 0"),
+        (["--chunks=0"], "expected a positive num_chunks, got 0"),
+        (["--batch=7"], "expected batch to be a multiple"),
+        (["--schedule=gpipe"], "gpipe"),
+        (["--chunks=3"], "chunks"),
+        (["--data=missing.txt"], "expected a readable text file for --data, got missing.txt"),
+        (["--resume=nowhere"], "expected a checkpoint or a run's folder, got nowhere"),
+        (["--model=huge"], "expected --model of tiny, small, got 'huge'"),
+        (["--transport=pigeon"], "pigeon"),
+        (["--steps=many"], "'--steps'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *args]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.startswith("dualpipe: error: ")
+    assert message in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("precious")
+    assert main(["train", "--out=run"]) == 2
+    assert (
+        "expected --out without a run in it (or --resume run), got run" in capsys.readouterr().err
+    )
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "precious"
+
+
+def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dualpipe_ext", "train", *args],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def session_members(session: int) -> dict[int, str]:
+    """Processes of a session and what each was started as."""
+    members = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                members[int(entry.name)] = (entry / "cmdline").read_text()
+        except OSError:
+            continue  # ended while we looked
+    return members
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_ctrl_c_ends_every_process(tmp_path: Path):
+    run = start(*TINY, "--steps=100000", "--out=run", cwd=tmp_path)
+    wait_for(tmp_path / "run" / "metrics.csv")
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 20
+    while session_members(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not session_members(run.pid)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_a_killed_worker_ends_the_run_and_the_checkpoint_is_intact(tmp_path: Path):
+    run = start(*TINY, "--steps=100000", "--save-every=2", "--out=run", cwd=tmp_path)
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000002")
+    # Workers are the forked children of the fork server: no process has a child of its own.
+    parents = {
+        int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+        for pid in session_members(run.pid)
+    }
+    workers = [
+        pid for pid, how in session_members(run.pid).items()
+        if pid not in parents and "forkserver" in how
+    ]  # fmt: skip
+    assert len(workers) == 4
+    started = time.monotonic()
+    os.kill(workers[2], signal.SIGKILL)
+    _, errors = run.communicate(timeout=30)
+    assert time.monotonic() - started < 20
+    assert run.returncode == 1
+    assert "killed by signal 9" in errors
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    steps = int(newest.name.removeprefix("step-"))
+    again = dualpipe(*TINY, f"--steps={steps + 2}", f"--resume={newest}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(losses(tmp_path / "run")) == steps + 2

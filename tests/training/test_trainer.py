@@ -1,0 +1,134 @@
+"""Whole steps on several ranks against one process, with the figures the README promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dualpipe_ext.launch import run_ranks
+from dualpipe_ext.models import ModelConfig
+from dualpipe_ext.training import TrainConfig, Trainer
+from dualpipe_ext.training.data import load_text
+
+MODEL = ModelConfig(hidden=32, num_heads=2, num_layers=4, expert_hidden=16, shared_hidden=32)
+CONFIG = TrainConfig(model=MODEL, batch=16, seq_len=32, steps=12, warmup=3, bias_rate=0.05)
+ONE = replace(CONFIG, pp=1, ep=1)
+TEXT = load_text(None)[:200_000]
+
+
+def losses(config: TrainConfig, steps: int) -> list[float]:
+    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    return [trainer.step().loss for _ in range(steps)]
+
+
+def train(config: TrainConfig, steps: int = 12) -> list[float]:
+    every = run_ranks(losses, config.pp * config.ep, config, steps, run_timeout_s=120)
+    assert all(rank == every[0] for rank in every)
+    return every[0]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> list[float]:
+    return train(ONE)
+
+
+def test_loss_falls(one_process):
+    assert one_process[0] == pytest.approx(5.545, abs=0.1)  # log(256): nothing known yet
+    assert one_process[-1] < one_process[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"redundant_experts": 4},
+        {"redundant_experts": 4, "rebalance_every": 3},
+        {"rebalance_every": 4},
+        {"schedule": "dualpipe"},
+        {"schedule": "1f1b", "pp": 2, "ep": 1},
+        {"schedule": "zb1p", "pp": 1, "ep": 2},
+        {"schedule": "zbv", "pp": 2, "ep": 1},
+        {"pp": 1, "ep": 4, "num_chunks": 2},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "dualpipev 2x2",
+)
+def test_ranks_train_as_one_process_does(one_process, changes):
+    for ours, theirs in zip(train(replace(CONFIG, **changes)), one_process, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_float64_agrees_to_rounding():
+    wide = train(replace(ONE, dtype="float64"), 6)
+    many = train(replace(CONFIG, dtype="float64", redundant_experts=4, rebalance_every=2), 6)
+    assert many == pytest.approx(wide, abs=1e-12)
+
+
+def rebalance_moves_and_keeps_replicas_equal(config: TrainConfig) -> tuple[int, bool]:
+    """Train, then look at the slots of all ranks: replicas of an expert must be bit-identical."""
+    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    moved = sum(trainer.step().moved_bytes for _ in range(config.rebalance_every + 2))
+    group = trainer._ep_group
+    equal = True
+    for stage in trainer.stages:
+        for index, layer in stage.layers.items():
+            phy2log = trainer.balancer.placement.phy2log[int(index)].tolist()
+            for parameter in layer.experts.parameters():
+                everywhere = [torch.empty_like(parameter) for _ in range(config.ep)]
+                dist.all_gather(everywhere, parameter.detach(), group=group)
+                slots = torch.cat(everywhere)
+                first = {}
+                for slot, expert in enumerate(phy2log):
+                    equal &= torch.equal(slots[slot], slots[first.setdefault(expert, slot)])
+    return moved, equal
+
+
+def test_rebalancing_moves_experts_and_replicas_stay_equal():
+    config = replace(CONFIG, redundant_experts=4, rebalance_every=3)
+    results = run_ranks(rebalance_moves_and_keeps_replicas_equal, 4, config, run_timeout_s=120)
+    assert sum(moved for moved, _ in results) > 0
+    assert all(equal for _, equal in results)
+
+
+def resume_in_the_middle(config: TrainConfig, split: int, steps: int) -> tuple[list, list]:
+    device = torch.device("cpu")
+    straight = Trainer(config, TEXT, device=device)
+    expected = [straight.step().loss for _ in range(steps)]
+    first = Trainer(config, TEXT, device=device)
+    for _ in range(split):
+        first.step()
+    second = Trainer(config, TEXT, device=device)
+    second.load_state_dict(first.state_dict())
+    return expected[split:], [second.step().loss for _ in range(steps - split)]
+
+
+def test_a_resumed_trainer_repeats_the_losses_bit_for_bit():
+    config = replace(CONFIG, redundant_experts=4, rebalance_every=3)
+    for expected, resumed in run_ranks(resume_in_the_middle, 4, config, 4, 8, run_timeout_s=120):
+        assert expected == resumed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 15}, "multiple of chunks x expert-parallel ranks = 4 x 2, got 15"),
+        ({"redundant_experts": 3}, r"multiple of 2 expert-parallel ranks, got 16 \+ 3"),
+        ({"num_chunks": 3}, "chunks"),
+        ({"schedule": "gpipe"}, "gpipe"),
+        ({"pp": 4, "num_chunks": 8}, "at least one layer per stage: 8 stages, got 4 layers"),
+        ({"dtype": "int8"}, "dtype of .*got 'int8'"),
+        ({"steps": 0}, "positive steps, got 0"),
+    ],
+)
+def test_impossible_runs_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_wrong_number_of_ranks_is_named():
+    from dualpipe_ext.errors import WorkerFailedError
+
+    with pytest.raises(WorkerFailedError, match="expected pp x ep = 2 x 2 ranks, got 2"):
+        run_ranks(losses, 2, CONFIG, 1, run_timeout_s=60)
