@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualpipe_ext.files import check_picture, check_target
 from dualpipe_ext.pipeline.compare import Score, try_kind
 from dualpipe_ext.pipeline.export import write_csv, write_trace
-from dualpipe_ext.pipeline.files import check_picture, check_target
 from dualpipe_ext.pipeline.plan import KINDS, normalise_kind
 from dualpipe_ext.pipeline.simulate import Durations, Simulation
 

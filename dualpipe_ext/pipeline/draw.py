@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 
-from dualpipe_ext.pipeline.files import check_picture, replacing
+from dualpipe_ext.files import check_picture, replacing
 from dualpipe_ext.pipeline.plan import Action, Op, Plan, ProgramActions, parts
 from dualpipe_ext.pipeline.simulate import Durations, Simulation, simulate
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dualpipe_ext.pipeline.files import replacing
+from dualpipe_ext.files import replacing
 from dualpipe_ext.pipeline.plan import Action, Op, Pair, Plan, check_plan, parts
 from dualpipe_ext.pipeline.simulate import Simulation
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dualpipe_ext.files import replacing
 from dualpipe_ext.training.trainer import StepReport
 
 _COLUMNS = [field.name for field in fields(StepReport)]
@@ -31,12 +32,10 @@ class Metrics:
         self.rows: list[dict[str, float]] = []
         if steps_done and path.is_file():
             self.rows = [row for row in read_metrics(path) if row["step"] <= steps_done]
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with replacing(path) as raw, io.TextIOWrapper(raw, newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, path)
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, _COLUMNS)
 
@@ -113,7 +112,8 @@ def plot_loss(rows: list[dict[str, float]], path: Path, *, title: str) -> None:
     balance_axis.set(ylabel="expert balance (mean / max rank load)", ylim=(0, 1.02))
     handles = loss_axis.get_lines() + balance_axis.get_lines()
     loss_axis.legend(handles=handles, loc="center right")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:])
     pyplot.close(figure)
 
 
@@ -147,9 +147,8 @@ def show_summary(console: Console, summary: Mapping[str, str], path: Path) -> No
     for name, value in summary.items():
         table.add_row(name, value)
     console.print(table)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dict(summary), indent=1) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write((json.dumps(dict(summary), indent=1) + "\n").encode())
 
 
 def as_facts(**facts: Any) -> dict[str, str]:

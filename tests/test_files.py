@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from dualpipe_ext.pipeline.files import check_picture, replacing
+from dualpipe_ext.files import check_picture, replacing
 
 
 def test_replaces_when_done(tmp_path: Path) -> None:
@@ -53,6 +54,24 @@ def test_bad_targets(tmp_path: Path) -> None:
         replacing(tmp_path),
     ):
         pass
+
+
+def test_a_pipe_or_device_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="expected a regular file or a new one"), replacing(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    with replacing(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
 
 
 def test_picture_formats() -> None:

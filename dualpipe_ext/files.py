@@ -1,6 +1,6 @@
 """Writing a file whole or not at all.
 
-What belongs here: what the pictures, traces and action files share, without loading a library.
+What belongs here: what pictures, traces, tables and summaries share, without loading a library.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"expected a file in an existing folder, got {target}")
     if target.is_dir():
         raise ValueError(f"expected a file name, got the folder {target}")
+    if target.exists() and not target.is_file():
+        # A rename would put a plain file in the place of the device or pipe.
+        raise ValueError(f"expected a regular file or a new one, got {target}")
     return target
 
 
@@ -38,9 +41,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a file to be written in place of ``path``, which changes only if the block succeeds.
 
     Raises:
-        ValueError: ``path`` is a folder, or is in a folder that does not exist.
+        ValueError: ``path`` is a folder or a device, or is in a folder that does not exist.
     """
-    target = check_target(path)
+    # What a symbolic link points to is replaced, not the link.
+    target = check_target(path).resolve()
     # In the same folder, because a rename is atomic only within a file system.
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
