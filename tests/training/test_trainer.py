@@ -60,10 +60,15 @@ def test_ranks_train_as_one_process_does(one_process, changes):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_float64_agrees_to_rounding():
-    wide = train(replace(ONE, dtype="float64"), 6)
-    many = train(replace(CONFIG, dtype="float64", redundant_experts=4, rebalance_every=2), 6)
-    assert many == pytest.approx(wide, abs=1e-12)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_a_longer_run_stays_with_one_process(dtype, bound):
+    # With replicas that move and with a bias that does. float64 shows that what is left in float32
+    # is rounding (which at some step decides a routing choice: see docs/LOG.md).
+    longer = {"dtype": dtype, "steps": 40}
+    one = train(replace(ONE, **longer), 40)
+    many = train(replace(CONFIG, redundant_experts=4, rebalance_every=6, **longer), 40)
+    assert many == pytest.approx(one, abs=bound)
+    assert many[-1] < many[0] - 1.5
 
 
 def rebalance_moves_and_keeps_replicas_equal(config: TrainConfig) -> tuple[int, bool]:
