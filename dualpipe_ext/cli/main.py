@@ -22,6 +22,10 @@ from dualpipe_ext.errors import CommTimeoutError, DualPipeError, WorkerFailedErr
 COMMANDS = {
     "train": ("dualpipe_ext.cli.train", "Train a small MoE language model on this machine."),
     "schedule": ("dualpipe_ext.cli.schedule", "Simulate, compare and draw pipeline schedules."),
+    "profile": (
+        "dualpipe_ext.cli.profile",
+        "Measure in a profiler trace how much communication is hidden.",
+    ),
     "doctor": ("dualpipe_ext.cli.doctor", "Say what this machine can do and what is missing."),
 }
 
@@ -42,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     requested = next((arg for arg in args if not arg.startswith("-")), None)
+    show_traceback = False
     try:
+        show_traceback = env.read("DUALPIPE_TRACEBACK") == "1"
         run = typer.main.get_command(_build_app(requested))
         code = run.main(args=args, prog_name="dualpipe", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except (_UsageError, ValueError, OSError, DualPipeError) as error:
-        if env.read("DUALPIPE_TRACEBACK") == "1":
+        if show_traceback:
             raise
         return _report(error)
 

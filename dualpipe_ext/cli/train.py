@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+
+from dualpipe_ext import env
 
 if TYPE_CHECKING:
     from dualpipe_ext.training import RunOptions, TrainConfig
@@ -106,11 +112,11 @@ def command(
     """
     # Here, not at the top: --help must not wait for torch.
     from dualpipe_ext.models import PRESETS
-    from dualpipe_ext.training import RunOptions, TrainConfig, checkpoint
+    from dualpipe_ext.training import RunOptions, TrainConfig
 
     on_gpus, num_ranks = _machine()
     pp, ep = _grid(pp, ep, on_gpus=on_gpus, num_ranks=num_ranks)
-    preset = model or ("small" if on_gpus else "tiny")
+    preset = ("small" if on_gpus else "tiny") if model is None else model
     if preset not in PRESETS:
         raise ValueError(f"expected --model of {', '.join(PRESETS)}, got {preset!r}")
     chunks = max(4, 2 * pp) if chunks is None else chunks
@@ -129,24 +135,72 @@ def command(
         warmup=min(20, steps // 4),
         redundant_experts=2 * ep if redundant_experts is None else redundant_experts,
         rebalance_every=rebalance_every,
-        transport=transport,
-        dtype=dtype or ("bfloat16" if on_gpus else "float32"),
+        transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
+        dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
         seed=seed,
         timeout_s=timeout_s,
     )
+    _check_data(data, config.seq_len)
+    resume = None if resume is None else _checked_checkpoint(resume, config)
+    options = RunOptions(
+        out=_checked_out(out, resume), data=data, resume=resume, save_every=save_every
+    )
+    # The last check, so that whatever is wrong leaves nothing behind.
+    if os.environ.get("RANK", "0") == "0":
+        _make_folder(options.out)
+    _start(config, options)
+
+
+def _check_data(data: Path | None, seq_len: int) -> None:
+    from dualpipe_ext.training.data import check_length, load_text
+
     if data is not None and not data.is_file():
         raise ValueError(f"expected a readable text file for --data, got {data}")
-    if resume is not None:
-        resume = checkpoint.find(resume)
-        done = checkpoint.check_layout(resume, config.layout())
-        if done >= steps:
-            raise ValueError(f"expected --steps beyond the checkpoint's {done}, got {steps}")
+    if data is None:
+        size = len(load_text(None))
+    else:
+        with data.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+    check_length(size, seq_len)
+
+
+def _checked_checkpoint(path: Path, config: TrainConfig) -> Path:
+    """The checkpoint that ``path`` names, once it is known that this run can go on from it."""
+    from dualpipe_ext.training import checkpoint
+
+    found = checkpoint.find(path)
+    done = checkpoint.check_layout(found, config.layout())
+    if done >= config.steps:
+        raise ValueError(f"expected --steps beyond the checkpoint's {done}, got {config.steps}")
+    for rank in _ranks_of_this_process(config.pp * config.ep):
+        checkpoint.check_file(found, rank)
+    return found
+
+
+def _checked_out(out: Path | None, resume: Path | None) -> Path:
+    """The run's folder, which holds no other run than the one that goes on."""
+    from dualpipe_ext.training.progress import read_metrics
+
     # A resumed run goes on in its own folder: RUN/checkpoints/step-N.
     own = resume.parent.parent if resume else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     out = own if out is None else out
-    if (out / "metrics.csv").exists() and (resume is None or out.resolve() != own.resolve()):
+    metrics = out / "metrics.csv"
+    if metrics.exists() and (resume is None or out.resolve() != own.resolve()):
         raise ValueError(f"expected --out without a run in it (or --resume {out}), got {out}")
-    _start(config, RunOptions(out=out, data=data, resume=resume, save_every=save_every))
+    if metrics.is_file():
+        read_metrics(metrics)  # raises here rather than in the ranks
+    return out
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder that can be made for --out, got {out}: {error.strerror}"
+        ) from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder that can be written to for --out, got {out}")
 
 
 def _machine() -> tuple[bool, int | None]:
@@ -157,6 +211,13 @@ def _machine() -> tuple[bool, int | None]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return on_gpus, int(os.environ["WORLD_SIZE"])
     return on_gpus, torch.cuda.device_count() if on_gpus else None
+
+
+def _ranks_of_this_process(num_ranks: int) -> range:
+    """Under torchrun its own; else all those that it will start."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return range(int(os.environ["RANK"]), int(os.environ["RANK"]) + 1)
+    return range(num_ranks)
 
 
 def _grid(
@@ -181,11 +242,22 @@ def _grid(
 
 
 def _start(config: TrainConfig, options: RunOptions) -> None:
+    import torch.distributed as dist
+
     from dualpipe_ext import launch
     from dualpipe_ext.training import run
 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         launch.init_from_env(timeout_s=config.timeout_s)
-        run(config, options)
+        # The default folder is named after the time, which the ranks need not read alike.
+        out = [options.out]
+        dist.broadcast_object_list(out)
+        run(config, replace(options, out=out[0]))
         return
-    launch.run_ranks(run, config.pp * config.ep, config, options, timeout_s=config.timeout_s)
+    # Job schedulers stop a run with SIGTERM: end as cleanly as on Ctrl-C, temporary files included.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        launch.run_ranks(run, config.pp * config.ep, config, options, timeout_s=config.timeout_s)
+    finally:
+        # The progress bar hides the cursor, and its process may have been stopped.
+        Console().show_cursor()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.errors import CommTimeoutError
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 
 # Keeps these messages apart from other point-to-point traffic of the same group, where the backend
 # knows tags (gloo). Messages from one rank to another are matched in the order they are given.
@@ -27,9 +27,9 @@ class Exchange:
     """Exchanges between the ranks of one group (``None``: one rank, nothing is sent).
 
     Guarantee: on the CPU a call returns complete or raises ``CommTimeoutError`` within
-    ``timeout_s``. On CUDA the same holds for :meth:`gather`; :meth:`rows` only orders the current
-    stream after the messages, and the group's own watchdog bounds them. After a time-out the group
-    is not usable any more.
+    ``timeout_s``, or ``DualPipeError`` at once if the connection to a rank is lost. On CUDA the
+    same holds for :meth:`gather`; :meth:`rows` only orders the current stream after the messages,
+    and the group's own watchdog bounds them. After either error the group is not usable any more.
     """
 
     def __init__(
@@ -115,11 +115,13 @@ class Exchange:
             except RuntimeError as error:
                 raise self._failure(waited, phase, error) from error
 
-    def _failure(self, peers: list[int], phase: str, error: RuntimeError) -> CommTimeoutError:
+    def _failure(self, peers: list[int], phase: str, error: RuntimeError) -> DualPipeError:
         names = sorted(set(peers))
         who = f"rank {names[0]}" if len(names) == 1 else f"ranks {names}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return CommTimeoutError(
+        timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
+        kind = CommTimeoutError if timed_out else DualPipeError
+        return kind(
             f"rank {self.rank}, {phase}: expected {who} to answer within {self.timeout_s:g} s, "
             f"got: {reason}"
         )

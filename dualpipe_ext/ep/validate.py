@@ -15,6 +15,10 @@ from dualpipe_ext.ep.transport import Transport, TransportConfig
 MAX_TOP_K = 32
 # Rows are moved in units of this many bytes by every transport that is not made of messages.
 ROW_BYTES = 16
+# Offsets are int32.
+MAX_ROWS = 2**31 - 1
+# About 30 years; process groups overflow not far beyond.
+MAX_TIMEOUT_S = 1e9
 
 
 def check_config(config: TransportConfig) -> None:
@@ -31,8 +35,11 @@ def check_config(config: TransportConfig) -> None:
             f"expected num_experts to be a multiple of the {config.num_ranks} ranks of the group, "
             f"got {config.num_experts}"
         )
-    if not config.timeout_s > 0:
-        raise ValueError(f"expected timeout_s above 0 seconds, got {config.timeout_s}")
+    timeout_s = config.timeout_s
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(
+            f"expected timeout_s above 0 and at most {MAX_TIMEOUT_S:g} seconds, got {timeout_s!r}"
+        )
 
 
 def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -> None:
@@ -59,8 +66,6 @@ def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -
 
 def check_rows(name: str, rows: Tensor, transport: Transport, num_rows: int | None = None) -> None:
     """Check a [rows, H] tensor that will move; ``num_rows=None``: any number."""
-    if not isinstance(rows, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(rows).__name__}")
     num_rows = _num_rows(rows) if num_rows is None else num_rows
     hidden = transport.config.hidden
     _expect_tensor(name, rows, (num_rows, hidden), transport.capabilities.dtypes)
@@ -75,8 +80,6 @@ def check_topk_idx(
     topk_idx: Tensor, num_tokens: int, device: torch.device, config: TransportConfig
 ) -> None:
     """Check shape, dtype and device; the ids themselves are checked by the transport."""
-    if not isinstance(topk_idx, Tensor):
-        raise ValueError(f"expected topk_idx to be a tensor, got {type(topk_idx).__name__}")
     _expect_tensor("topk_idx", topk_idx, (num_tokens, config.top_k), {torch.int64})
     _expect_device("topk_idx", topk_idx, device)
 
@@ -102,17 +105,18 @@ def check_layout(layout: str, alignment: int, max_recv_tokens: int | None) -> No
     """Check how the output of a dispatch is asked for."""
     if layout not in LAYOUTS:
         raise ValueError(f"expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    _expect_int("alignment", alignment, least=1)
+    _expect_int("alignment", alignment, least=1, most=MAX_ROWS)
     if layout == "token" and alignment != 1:
         raise ValueError(f"expected alignment=1 with layout='token', got {alignment}")
     if max_recv_tokens is not None:
-        _expect_int("max_recv_tokens", max_recv_tokens, least=0)
+        _expect_int("max_recv_tokens", max_recv_tokens, least=0, most=MAX_ROWS)
 
 
 def check_combine_extras(
     rows: Tensor, handle: Handle, weights: Tensor | None, bias: Tensor | None
 ) -> None:
-    """Check ``weights`` and ``bias`` against rows already checked."""
+    """Check ``weights`` and ``bias`` against rows already checked, and where all of them are."""
+    _expect_device("rows", rows, handle.counts.device)
     if weights is not None:
         if handle.layout == "token":
             raise ValueError(
@@ -126,18 +130,24 @@ def check_combine_extras(
         _expect_device("bias", bias, rows.device)
 
 
-def _num_rows(tensor: Tensor) -> int:
-    return tensor.shape[0] if tensor.dim() else 0
+def _num_rows(tensor: object) -> int:
+    return tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() else 0
 
 
-def _expect_int(name: str, value: object, *, least: int) -> None:
+def _expect_int(name: str, value: object, *, least: int, most: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"expected {name} to be an integer of at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"expected {name} of at most {most}, got {value}")
 
 
 def _expect_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: set[torch.dtype] | frozenset
+    name: str, tensor: object, shape: tuple[int, ...], dtypes: set[torch.dtype] | frozenset
 ) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"expected {name} to be a dense tensor, got {tensor.layout}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:

@@ -31,6 +31,11 @@ from dualpipe_ext.pipeline import programs
 
 KINDS = ("dualpipe", "dualpipev", "1f1b", "zb1p", "zbv")
 
+# The largest plans that still fit an ordinary machine's memory and patience: 4096 ranks x 8192
+# chunks take some gigabytes and tens of seconds to simulate.
+MAX_CHUNKS = 2**20
+MAX_CELLS = 2**25
+
 _PROGRAMS: dict[str, Callable[[int, int, int], str]] = {
     "dualpipe": programs.dualpipe,
     "dualpipev": programs.dualpipe_v,
@@ -212,7 +217,8 @@ def build_plan(kind: str, *, num_ranks: int, num_chunks: int) -> Plan:
             (ZB-H1) or ``zbv`` (ZB-V).
         num_ranks: pipeline ranks P; even for ``dualpipe``.
         num_chunks: chunks (micro-batches) per step. At least 2P for ``dualpipev``; even and at
-            least 2P for ``dualpipe``, which sends half of them through each direction.
+            least 2P for ``dualpipe``, which sends half of them through each direction. At most
+            :data:`MAX_CHUNKS`, and times P at most :data:`MAX_CELLS`.
 
     Raises:
         ValueError: the schedule does not exist for this shape; the message says what would work.
@@ -241,7 +247,7 @@ def build_plan(kind: str, *, num_ranks: int, num_chunks: int) -> Plan:
 
 def normalise_kind(kind: str) -> str:
     """``kind`` in lower case, if it is one of :data:`KINDS`; ``ValueError`` if it is not."""
-    name = kind.lower()
+    name = kind.lower() if isinstance(kind, str) else kind
     if name not in _PROGRAMS:
         raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
     return name
@@ -251,6 +257,11 @@ def _check_shape(kind: str, num_ranks: int, num_chunks: int) -> None:
     for what, value in (("num_ranks", num_ranks), ("num_chunks", num_chunks)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"expected {what} to be a positive integer, got {value!r}")
+    if num_chunks > MAX_CHUNKS or num_ranks * num_chunks > MAX_CELLS:
+        raise ValueError(
+            f"expected num_chunks of at most {MAX_CHUNKS} and num_ranks x num_chunks of at most "
+            f"{MAX_CELLS}, got {num_ranks} x {num_chunks}"
+        )
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     if kind == "dualpipe":
         if num_ranks % 2:

@@ -29,7 +29,6 @@ the process if a peer stalls for longer than ``timeout_s`` and a minute.
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +53,7 @@ from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 PlanFactory = Callable[..., Plan]
 
 _CLOSED = "close()"
+_MAX_TIMEOUT_S = 1e9  # about 30 years; process groups overflow not far beyond
 
 
 class Pipeline(nn.Module):
@@ -109,12 +109,11 @@ class Pipeline(nn.Module):
         weight_grads: WeightGradStore | None = None,
     ) -> None:
         super().__init__()
-        _check_options(batch_dim, timeout_s)
+        _check_options(kind, batch_dim, timeout_s)
         group = group or _world()
         self.num_ranks = group.size()
         self.rank = _pipeline_rank(group, rank_mapping)
-        one = isinstance(stages, nn.Module) and not isinstance(stages, nn.ModuleList)
-        self.stages = nn.ModuleList([stages] if one else stages)
+        self.stages = _as_module_list(stages)
         self.batch_dim = batch_dim
         self.boundary = None if boundary is None else tuple(boundary)
         self.last_step: StepRecord | None = None
@@ -219,11 +218,7 @@ class Pipeline(nn.Module):
             DualPipeError: a rank was lost or runs another step, or an earlier step failed. After
                 any error inside a step the pipeline is broken and must be built anew.
         """
-        if self._broken is not None:
-            raise DualPipeError(
-                f"expected a pipeline whose steps succeeded, got one that failed with "
-                f"{self._broken}; build it anew"
-            )
+        self._check_usable()
         plan = self._plan(num_chunks)
         training = torch.is_grad_enabled()
         batch = self._batch(plan, inputs, criterion, labels, return_outputs, training)
@@ -255,9 +250,23 @@ class Pipeline(nn.Module):
         """Not available: one rank alone has no result."""
         raise ValueError("expected a call of step(), got a call of the pipeline itself")
 
+    def _check_usable(self) -> None:
+        if self._broken == _CLOSED:
+            raise DualPipeError("expected an open pipeline, got one after close(); build it anew")
+        if self._broken is not None:
+            raise DualPipeError(
+                f"expected a pipeline whose steps succeeded, got one that failed with "
+                f"{self._broken}; build it anew"
+            )
+
     def _plan(self, num_chunks: int) -> Plan:
+        if not isinstance(num_chunks, int):
+            raise ValueError(f"expected num_chunks to be a positive integer, got {num_chunks!r}")
         if num_chunks not in self._plans:
-            self._plans[num_chunks] = self._factory(num_ranks=self.num_ranks, num_chunks=num_chunks)
+            plan = self._factory(num_ranks=self.num_ranks, num_chunks=num_chunks)
+            if not isinstance(plan, Plan):
+                raise ValueError(f"expected kind to make a Plan, got {type(plan).__name__}")
+            self._plans[num_chunks] = plan
         return self._plans[num_chunks]
 
     def _batch(
@@ -342,7 +351,7 @@ class DualPipe(Pipeline):
         group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        super().__init__("dualpipe", list(stages), group, **options)
+        super().__init__("dualpipe", stages, group, **options)
 
 
 class DualPipeV(Pipeline):
@@ -359,7 +368,7 @@ class DualPipeV(Pipeline):
         group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        super().__init__("dualpipev", list(stages), group, **options)
+        super().__init__("dualpipev", stages, group, **options)
 
 
 def _world() -> dist.ProcessGroup:
@@ -380,11 +389,31 @@ def _pipeline_rank(group: dist.ProcessGroup, rank_mapping: Sequence[int] | None)
     return mapping[group.rank()]
 
 
-def _check_options(batch_dim: int, timeout_s: float) -> None:
-    if batch_dim < 0:
-        raise ValueError(f"expected batch_dim of 0 or more, got {batch_dim}")
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
-        raise ValueError(f"expected timeout_s above 0 and finite, got {timeout_s}")
+def _as_module_list(stages: Any) -> nn.ModuleList:
+    """One module is one stage, whatever it is made of, but for a ModuleList."""
+    if isinstance(stages, nn.Module) and not isinstance(stages, nn.ModuleList):
+        return nn.ModuleList([stages])
+    if not isinstance(stages, (list, tuple, nn.ModuleList)):
+        raise ValueError(
+            f"expected stages as a module or a sequence of modules, got {type(stages).__name__}"
+        )
+    wrong = [type(stage).__name__ for stage in stages if not isinstance(stage, nn.Module)]
+    if wrong:
+        raise ValueError(f"expected every stage to be an nn.Module, got {wrong[0]}")
+    return nn.ModuleList(stages)
+
+
+def _check_options(kind: object, batch_dim: object, timeout_s: object) -> None:
+    if not isinstance(kind, str) and not callable(kind):
+        raise ValueError(
+            f"expected kind as a schedule's name or a function, got {type(kind).__name__}"
+        )
+    if not isinstance(batch_dim, int) or batch_dim < 0:
+        raise ValueError(f"expected batch_dim of 0 or more, got {batch_dim!r}")
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise ValueError(
+            f"expected timeout_s above 0 and at most {_MAX_TIMEOUT_S:g} seconds, got {timeout_s!r}"
+        )
 
 
 def _device_of(stages: nn.ModuleList) -> torch.device:

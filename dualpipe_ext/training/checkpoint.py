@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def save(folder: Path, step: int, layout: dict[str, Any], state: dict[str, Any])
         partial.mkdir(parents=True)
         (partial / "layout.json").write_text(json.dumps({"step": step, **layout}, indent=1))
     _barrier()
-    torch.save(state, partial / f"rank-{rank:05d}.pt")
+    torch.save(state, _file_of(partial, rank))
     _barrier()
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -89,7 +90,7 @@ def check_layout(path: Path, layout: dict[str, Any]) -> int:
     try:
         saved = json.loads((path / "layout.json").read_text())
         step = int(saved.pop("step"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"expected a readable checkpoint in {path}, got: {error}") from None
     # Through JSON, so that a tuple equals the list it was saved as.
     wanted = json.loads(json.dumps(layout))
@@ -105,6 +106,24 @@ def check_layout(path: Path, layout: dict[str, Any]) -> int:
     return step
 
 
+def check_file(path: Path, rank: int) -> None:
+    """Read the file of ``rank`` through once, and compare what it holds with its checksums.
+
+    :func:`load` compares no checksums: a flipped bit would go on into the training.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = _file_of(path, rank)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise _unreadable(file, error) from None
+    if damaged is not None:
+        raise CheckpointError(f"expected a readable checkpoint in {file}, got a damaged {damaged}")
+
+
 def load(path: Path) -> dict[str, Any]:
     """This rank's state from the checkpoint ``path``.
 
@@ -112,9 +131,17 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: the rank's file is missing or damaged.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    file = path / f"rank-{rank:05d}.pt"
+    file = _file_of(path, rank)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"expected a readable checkpoint in {file}, got: {reason}") from None
+        raise _unreadable(file, error) from None
+
+
+def _file_of(path: Path, rank: int) -> Path:
+    return path / f"rank-{rank:05d}.pt"
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"expected a readable checkpoint in {file}, got: {reason}")

@@ -35,7 +35,7 @@ class TrainConfig:
         rebalance_every: steps between re-plannings of the experts' placement; 0 for never.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
-        seed: of the initialisation and the order of the data.
+        seed: of the initialisation and the order of the data, 0 to 2**32 - 1.
         timeout_s: longest wait for another rank, in seconds.
     """
 
@@ -60,9 +60,15 @@ class TrainConfig:
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("pp", "ep", "num_chunks", "batch", "seq_len", "steps", "lr", "clip"):
+        for name in ("pp", "ep", "num_chunks", "batch", "seq_len", "steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"expected a positive {name}, got {getattr(self, name)}")
+        for name in ("lr", "clip", "timeout_s"):
+            # The bound keeps time-outs within what a process group can count.
+            if not 0 < getattr(self, name) <= 1e9:
+                raise ValueError(f"expected {name} above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
         for name in ("warmup", "redundant_experts", "rebalance_every", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
@@ -72,6 +78,11 @@ class TrainConfig:
             raise ValueError(
                 f"expected transport to be one of {', '.join(transport_names())}, "
                 f"got {self.transport!r}"
+            )
+        if self.pp > self.model.num_layers:  # before a plan of that size is made
+            raise ValueError(
+                f"expected at least one layer per pipeline rank, got {self.model.num_layers} "
+                f"layers for {self.pp} ranks"
             )
         plan = self.plan()
         split_layers(self.model.num_layers, len(plan.pipes[0]))

@@ -21,6 +21,15 @@ def load_text(path: Path | None) -> bytes:
     return b"\n".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
 
 
+def check_length(num_bytes: int, seq_len: int) -> None:
+    """Refuse a text that holds no sequence of ``seq_len`` tokens and its last target."""
+    if num_bytes < seq_len + 1:
+        raise ValueError(
+            f"expected training text of at least {seq_len + 1} bytes "
+            f"(one sequence and its last target), got {num_bytes}"
+        )
+
+
 class ByteBatches:
     """Random windows of a text, the same for every process and every resumed run.
 
@@ -32,11 +41,7 @@ class ByteBatches:
     """
 
     def __init__(self, text: bytes, *, batch: int, seq_len: int, seed: int) -> None:
-        if len(text) < seq_len + 1:
-            raise ValueError(
-                f"expected training text of at least {seq_len + 1} bytes "
-                f"(one sequence and its last target), got {len(text)}"
-            )
+        check_length(len(text), seq_len)
         self._tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self._batch = batch
         self._seq_len = seq_len

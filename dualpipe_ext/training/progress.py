@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dualpipe_ext.errors import CheckpointError
 from dualpipe_ext.files import replacing
 from dualpipe_ext.training.trainer import StepReport
 
@@ -51,9 +52,20 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, as numbers."""
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    """The rows of a metrics file, as numbers; one that a crash left incomplete is dropped.
+
+    Raises:
+        CheckpointError: the file is not one that :class:`Metrics` wrote.
+    """
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != _COLUMNS:
+                raise ValueError(f"the columns {reader.fieldnames}")
+            whole = (row for row in reader if None not in (*row, *row.values()))
+            return [{k: float(v) for k, v in row.items()} for row in whole]
+    except (ValueError, csv.Error) as error:
+        raise CheckpointError(f"expected a run's metrics in {path}, got {error}") from None
 
 
 class ProgressDisplay:

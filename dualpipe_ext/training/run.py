@@ -40,6 +40,10 @@ class RunOptions:
     resume: Path | None = None
     save_every: int = 0
 
+    def __post_init__(self) -> None:
+        if self.save_every < 0:
+            raise ValueError(f"expected save_every of at least 0, got {self.save_every}")
+
 
 def run(config: TrainConfig, options: RunOptions) -> list[float]:
     """Train; called on every rank with the process group initialised. Returns the losses."""

@@ -68,6 +68,13 @@ def test_traceback_on_request(run_raising, monkeypatch):
         run_raising(ValueError("bad"))
 
 
+def test_a_wrong_value_for_tracebacks_is_one_line(run_raising, monkeypatch):
+    monkeypatch.setenv("DUALPIPE_TRACEBACK", "7")
+    code, text = run_raising(ValueError("bad"))
+    assert code == 2
+    assert text == "dualpipe: error: expected DUALPIPE_TRACEBACK to be one of 0, 1, got '7'\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [(["nonsense"], "nonsense"), (["--nonsense"], "--nonsense"), (["doctor", "--no"], "--no")],

@@ -74,6 +74,17 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path: Path):
         (["--model=huge"], "expected --model of tiny, small, got 'huge'"),
         (["--transport=pigeon"], "pigeon"),
         (["--steps=many"], "'--steps'"),
+        (["--dtype="], "expected a dtype of float64, float32, bfloat16, got ''"),
+        (["--model="], "expected --model of tiny, small, got ''"),
+        (["--lr=nan"], "expected lr above 0 and finite, got nan"),
+        (["--timeout-s=inf"], "expected timeout_s above 0 and finite, got inf"),
+        (["--save-every=-1"], "expected save_every of at least 0, got -1"),
+        (["--seed=-1"], "expected a seed from 0 to 2**32 - 1, got -1"),
+        (["--pp=100000"], "expected at least one layer per pipeline rank, got 4 layers"),
+        (["--seq-len=100000000"], "expected training text of at least 100000001 bytes"),
+        (["--data=/dev/null"], "expected a readable text file for --data, got /dev/null"),
+        ([f"--out={__file__}"], "expected a folder that can be made for --out"),
+        ([f"--out={__file__}/run"], "expected a folder that can be made for --out"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path: Path, monkeypatch, capsys):
@@ -84,6 +95,52 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path: Path, mo
     assert errors.startswith("dualpipe: error: ")
     assert message in errors
     assert not list(tmp_path.iterdir())
+
+
+def test_the_environments_transport_is_checked_before_any_rank_starts(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUALPIPE_TRANSPORT", "pigeon")
+    assert main(["train"]) == 2
+    assert "expected transport to be one of auto, collective, got 'pigeon'" in (
+        capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    alone = [*TINY, "--pp=1", "--ep=1"]
+    assert dualpipe(*alone, "--steps=1", "--out=run", cwd=tmp_path).returncode == 0
+    (tmp_path / "run/checkpoints/step-00000001/rank-00000.pt").write_bytes(b"PK")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *alone, "--steps=2", "--resume=run"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("dualpipe: error: expected a readable checkpoint in run/")
+    assert errors.count("\n") == 1
+
+
+def torchrun(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "dualpipe_ext", "train", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def test_torchrun_gives_the_losses_of_the_launcher(tmp_path: Path):
+    common = [*TINY, "--pp=2", "--ep=1", "--steps=2"]
+    assert dualpipe(*common, "--out=here", cwd=tmp_path).returncode == 0
+    done = torchrun(*common, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Every rank wrote into one folder, though each has a clock of its own.
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "checkpoints" / "step-00000002" / "rank-00001.pt").is_file()
+    assert losses(folder) == losses(tmp_path / "here")
 
 
 def test_a_folder_with_a_run_in_it_is_not_overwritten(tmp_path: Path, monkeypatch, capsys):
@@ -131,13 +188,18 @@ def session_members(session: int) -> dict[int, str]:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
-def test_ctrl_c_ends_every_process(tmp_path: Path):
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing_behind(how, code, tmp_path: Path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     run = start(*TINY, "--steps=100000", "--out=run", cwd=tmp_path)
     wait_for(tmp_path / "run" / "metrics.csv")
-    os.killpg(run.pid, signal.SIGINT)
+    # Ctrl-C on a terminal reaches every process, a job scheduler's SIGTERM the first one.
+    (os.killpg if how == signal.SIGINT else os.kill)(run.pid, how)
     _, errors = run.communicate(timeout=30)
-    assert run.returncode == 130, errors
+    assert run.returncode == code, errors
     assert "Traceback" not in errors
+    assert not list((tmp_path / "temporary").glob("dualpipe-*"))
     deadline = time.monotonic() + 20
     while session_members(run.pid) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -103,7 +103,10 @@ def test_actions_behave_like_tuples() -> None:
         ("dualpipev", 1, 1, "expected num_chunks of at least 2 for dualpipev on 1 rank, got 1"),
         ("1f1b", 0, 4, "expected num_ranks to be a positive integer, got 0"),
         ("zbv", 2, -1, "expected num_chunks to be a positive integer, got -1"),
+        ("1f1b", 10**9, 20, "num_ranks x num_chunks of at most 33554432, got 1000000000 x 20"),
+        ("1f1b", 1, 10**7, "expected num_chunks of at most 1048576"),
         ("zb1p", 2, 2.0, "expected num_chunks to be a positive integer, got 2.0"),
+        (None, 2, 2, "expected a kind of dualpipe, dualpipev, 1f1b, zb1p, zbv, got None"),
         ("gpipe", 2, 2, "expected a kind of dualpipe, dualpipev, 1f1b, zb1p, zbv, got 'gpipe'"),
     ],
 )

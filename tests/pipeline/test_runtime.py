@@ -344,7 +344,13 @@ def _user_errors():
     _expect(ValueError, "expected a kind of", Pipeline, "gpipe", stages)
     _expect(ValueError, "expected 1 stage per rank for 1f1b, got 2", Pipeline, "1f1b", stages)
     _expect(ValueError, "a permutation of 0..1, got", DualPipeV, stages, rank_mapping=[1, 1])
-    _expect(ValueError, "timeout_s above 0 and finite", DualPipeV, stages, timeout_s=0)
+    for timeout_s in (0, float("nan"), 1e30, "x"):
+        _expect(ValueError, "expected timeout_s above 0", DualPipeV, stages, timeout_s=timeout_s)
+    _expect(ValueError, "expected batch_dim of 0 or more", DualPipeV, stages, batch_dim=0.5)
+    _expect(ValueError, "expected stages as a module or a sequence", DualPipeV, None)
+    _expect(ValueError, "expected every stage to be an nn.Module", DualPipeV, [torch.relu] * 2)
+    _expect(ValueError, "expected kind as a schedule's name or a function", Pipeline, None, stages)
+    _expect(ValueError, "expected kind to make a Plan, got int", Pipeline, lambda **_: 3, stages)
     _expect(ValueError, "the same kind on every rank", Pipeline, ["zbv", "dualpipev"][rank], stages)
     other = nn.Linear(2, 2) if rank else Mlp(1)
     _expect(ValueError, "two copies of model stage", DualPipe, [Mlp(0), other])
@@ -365,7 +371,7 @@ def _user_errors():
     # None of these was fatal.
     pipeline.step(x, num_chunks=4, criterion=mse, labels=(x,))
     pipeline.close()
-    _expect(DualPipeError, r"failed with close\(\)", pipeline.step, x, num_chunks=4)
+    _expect(DualPipeError, r"got one after close\(\)", pipeline.step, x, num_chunks=4)
     return True
 
 

@@ -85,9 +85,32 @@ def test_damage_is_one_clear_line(tmp_path: Path, damage: str):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("damage", ["none", "truncate", "remove", "flip"])
+def test_a_file_is_checked_against_its_checksums(tmp_path: Path, damage: str):
+    path = checkpoint.save(tmp_path, 1, LAYOUT, {"weights": torch.arange(10_000)})
+    file = path / "rank-00000.pt"
+    if damage == "none":
+        checkpoint.check_file(path, 0)
+        return
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(content[:1000])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        checkpoint.load(path)  # would go unnoticed
+    with pytest.raises(CheckpointError, match=r"expected a readable checkpoint in .*rank-00000"):
+        checkpoint.check_file(path, 0)
+
+
 def test_a_damaged_layout_is_one_clear_line(tmp_path: Path):
     path = checkpoint.save(tmp_path, 1, LAYOUT, STATE)
     (path / "layout.json").write_text("{")
+    with pytest.raises(CheckpointError, match="expected a readable checkpoint"):
+        checkpoint.check_layout(path, LAYOUT)
+    (path / "layout.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="expected a readable checkpoint"):
         checkpoint.check_layout(path, LAYOUT)
     (path / "layout.json").write_text(json.dumps({"pp": 2}))
