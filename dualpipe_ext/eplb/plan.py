@@ -6,8 +6,8 @@ they say is ``migrate.py``.
 Shapes: L layers, E logical experts, S slots (physical experts) in all, X most replicas of one
 expert, B independent problems solved side by side (layers, or layers x nodes).
 
-The algorithm is the one of DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB), with every tie
-settled, so that the same loads give the same maps on every machine:
+The reference policy is the algorithm of DeepSeek's EPLB (https://github.com/deepseek-ai/EPLB), with
+every tie settled, so that the same loads give the same maps on every machine:
 
 1. Loads are float32. If ``num_groups % num_nodes == 0`` the plan is hierarchical: whole groups are
    packed onto nodes, replicas are made and packed inside each node. Otherwise it is global, which
@@ -25,8 +25,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Far from float32's largest number (3.4e38), so that no sum of loads can round up to infinity.
-_MAX_LAYER_LOAD = 1e38
+from dualpipe_ext.eplb.balanced import Sizes, balanced_phy2log
+from dualpipe_ext.eplb.checks import checked_loads, checked_sizes
+from dualpipe_ext.eplb.placement import Placement
+
+POLICIES = ("reference", "balanced")
 
 
 def rebalance_experts(
@@ -36,6 +39,7 @@ def rebalance_experts(
     num_nodes: int,
     num_gpus: int,
     *,
+    policy: str = "reference",
     sync: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan replicas and their slots from loads, with DeepSeek's signature, order and result.
@@ -48,24 +52,37 @@ def rebalance_experts(
         num_groups: expert groups of group-limited routing; E is a multiple of it.
         num_nodes: hosts. Where it divides ``num_groups`` the groups stay whole on their node.
         num_gpus: GPUs in all; slot s lives on GPU ``s // (S / num_gpus)``.
+        policy: "reference" gives DeepSeek's result; "balanced" a better one (``balanced.py``). To
+            start from a placement in force, and to know how good a plan is, use
+            :func:`~dualpipe_ext.eplb.plan_placement`.
         sync: ``False`` reads nothing back from the device: loads are clamped into the valid range
-            instead of being checked, and X is ``S - E + 1``, the most it can be.
+            instead of being checked, and X is ``S - E + 1``, the most it can be. Only for the
+            reference policy: refinement must know when it is done.
 
     Returns:
         - phy2log [L, S] int64: the expert in every slot.
         - log2phy [L, E, X] int64: the slots of every expert in the order in which its replicas were
-          made, padded with -1. X is the largest number of replicas in the plan (see ``sync``).
+          made (balanced: in slot order), padded with -1. X is the largest number of replicas in the
+          plan (see ``sync``).
         - logcnt [L, E] int64: the number of replicas of every expert, at least 1.
 
     Raises:
-        ValueError: sizes that do not divide, fewer slots than experts, or loads that are negative,
-            NaN or infinite in float32.
+        ValueError: sizes that do not divide, fewer slots than experts, loads that are negative,
+            NaN or infinite in float32, or an unknown policy.
     """
-    loads = _checked_loads(weight, sync=sync)
+    if policy not in POLICIES:
+        raise ValueError(f"expected a policy of {', '.join(POLICIES)}, got {policy!r}")
+    if policy == "balanced" and not sync:
+        raise ValueError("expected sync=True with policy='balanced', got sync=False")
+    loads = checked_loads(weight, sync=sync)
     num_layers, num_experts = loads.shape
-    num_groups, num_nodes = _checked_sizes(
+    num_groups, num_nodes = checked_sizes(
         num_experts, num_replicas, num_groups, num_nodes, num_gpus
     )
+    if policy == "balanced":
+        sizes = Sizes(num_replicas, num_groups, num_nodes, num_gpus)
+        placement = Placement.from_phy2log(balanced_phy2log(loads, sizes), num_experts)
+        return placement.phy2log, placement.log2phy, placement.logcnt
     expert_at = _pack_groups_to_nodes(loads, num_groups, num_nodes)  # [L, E], node by node
     node_loads = loads.gather(1, expert_at).view(num_layers * num_nodes, -1)
     member, replica, count = _replicate(node_loads, num_replicas // num_nodes)
@@ -82,67 +99,6 @@ def rebalance_experts(
     logcnt = torch.empty_like(expert_at).scatter_(1, expert_at, count.view(num_layers, num_experts))
     width = int(logcnt.max()) if sync else num_replicas - num_experts + 1
     return phy2log, _invert(phy2log, replica, num_experts, width), logcnt
-
-
-def _checked_loads(weight: Tensor, *, sync: bool) -> Tensor:
-    """``weight`` as float32, either checked (which waits for the device) or clamped."""
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
-        got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"expected weight as a tensor [layers, experts], got {got}")
-    if weight.is_complex():
-        raise ValueError(f"expected weight of a real dtype, got {weight.dtype}")
-    loads = weight.detach().float().contiguous()
-    if not sync:
-        most = _MAX_LAYER_LOAD / loads.shape[1]
-        return loads.nan_to_num(nan=0.0, posinf=most).clamp_(0.0, most)
-    # Written so that NaN fails both comparisons; one read back for the two of them.
-    valid = torch.stack([loads.min() >= 0, loads.sum(1).max() <= _MAX_LAYER_LOAD])
-    if not bool(valid.all()):
-        bad = ~((loads >= 0) & loads.isfinite())
-        if not bool(bad.any()):
-            raise ValueError(
-                f"expected loads that sum to at most {_MAX_LAYER_LOAD:g} in a layer, "
-                f"got {float(loads.double().sum(1).max()):g}"
-            )
-        layer, expert = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"expected loads that are finite in float32 and not negative, "
-            f"got {weight[layer, expert].item()} for expert {expert} of layer {layer}"
-        )
-    return loads
-
-
-def _checked_sizes(
-    num_experts: int, num_slots: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> tuple[int, int]:
-    """The groups and nodes to plan with: (1, 1) where the policy is the global one."""
-    sizes = {"num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"expected {name} of at least 1, got {size}")
-    if num_slots < num_experts:
-        raise ValueError(
-            f"expected at least as many slots as experts ({num_experts}), "
-            f"got num_replicas={num_slots}"
-        )
-    if num_slots % num_gpus:
-        fits = -(-num_slots // num_gpus) * num_gpus
-        raise ValueError(
-            f"expected num_replicas to be a multiple of num_gpus={num_gpus}, got {num_slots}; "
-            f"{fits} would work"
-        )
-    if num_groups % num_nodes:
-        return 1, 1
-    if num_experts % num_groups:
-        raise ValueError(
-            f"expected the number of experts to be a multiple of num_groups={num_groups}, "
-            f"got {num_experts}"
-        )
-    if num_gpus % num_nodes:
-        raise ValueError(
-            f"expected num_gpus to be a multiple of num_nodes={num_nodes}, got {num_gpus}"
-        )
-    return num_groups, num_nodes
 
 
 def _pack_groups_to_nodes(loads: Tensor, num_groups: int, num_nodes: int) -> Tensor:
