@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext.eplb import Placement, balancedness, gpu_loads, plan_placement, rebalance_experts
+from dualpipe_ext.eplb import (
+    Placement,
+    balancedness,
+    gpu_loads,
+    plan_placement,
+    rebalance_experts,
+)
 from dualpipe_ext.eplb.balanced import Sizes, balanced_phy2log, lowest_load
 from dualpipe_ext.eplb.moves import experts_received
 from dualpipe_ext.eplb.replicas import normalise, tree_sum
