@@ -8,8 +8,8 @@ the placement in force.
 Counted: experts' weights that a GPU receives from another (one that it has already is free), per
 layer and re-balancing; balancedness (mean over maximum GPU load) under the loads that a plan was
 made for, and under those one draw later, when it is replaced. Both are means over all layers and
-re-balancings. Before anything is recorded, every plan is checked: a valid placement, no expert twice
-on a GPU, balancedness as recomputed in float64, never above the bound.
+re-balancings. Before anything is recorded, every plan is checked: a valid placement, no expert
+twice on a GPU, balancedness as recomputed in float64, never above the bound.
 
     python benchmarks/eplb_drift.py [--rebalances 1000] [--memory 100] [--tolerance 0.02]
 

@@ -26,6 +26,7 @@ COMMANDS = {
         "dualpipe_ext.cli.profile",
         "Measure in a profiler trace how much communication is hidden.",
     ),
+    "eplb": ("dualpipe_ext.cli.eplb", "Plan where experts live; show balance, bound and cost."),
     "doctor": ("dualpipe_ext.cli.doctor", "Say what this machine can do and what is missing."),
 }
 
