@@ -44,6 +44,7 @@ from dualpipe_ext.eplb.replicas import (
 )
 
 _CLOSE_ENOUGH = 5e-4  # to the bound: refinement stops
+_FEWER_REPLICAS = (0.75, 0.5)  # of the most that an expert can have: further starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +203,37 @@ def _best_slots(loads: Tensor, target: Tensor, sizes: Sizes) -> Tensor:
     """[B, S/N] replicas, packed and refined, for ``loads`` [B, E/N]."""
     num_slots, num_gpus = sizes.num_slots // sizes.num_nodes, sizes.num_gpus // sizes.num_nodes
     most = _most_replicas(loads.shape[1], num_slots, num_gpus)
-    count = replica_counts(loads, num_slots, most)
-    searched = pair_counts(loads, count, most) if num_slots == 2 * num_gpus else count
-    first = pack_apart(loads, searched, num_gpus)
-    slots = refine(first, loads, num_gpus, target=target)
-    # From DeepSeek's start, too, so that the plan is never worse. Mostly the two are the same.
-    other = pack_apart(loads, count, num_gpus, from_the_start=False)
-    differ = (other != first).any(1).nonzero()[:, 0]
-    if len(differ):
-        load, mine = loads[differ], slots[differ]
-        theirs = refine(other[differ], load, num_gpus, target=target[differ])
+
+    greedy = replica_counts(loads, num_slots, most)
+
+    def searched(load: Tensor, limit: int) -> Tensor:
+        count = replica_counts(load, num_slots, limit)
+        if num_slots == 2 * num_gpus:
+            count = pair_counts(load, count, limit)
+        return pack_apart(load, count, num_gpus)
+
+    def plain(load: Tensor, limit: int) -> Tensor:
+        count = replica_counts(load, num_slots, limit)
+        return pack_apart(load, count, num_gpus, from_the_start=False)
+
+    slots = refine(searched(loads, most), loads, num_gpus, target=target)
+    # DeepSeek's own start, so that the plan is not worse than theirs; and fewer replicas for an
+    # expert that would otherwise be on every GPU, where it leaves no room for another large one.
+    starts = [(plain, most)]
+    for share in _FEWER_REPLICAS:
+        limit = int(most * share)
+        if limit >= 2 and loads.shape[1] * limit >= num_slots:
+            starts.append((searched, limit))
+    for start, limit in starts:
+        another = (greedy.amax(1) > limit) | (start is plain)
+        left = fullest_load(slots, loads, num_gpus) > target
+        left = (left & another).nonzero()[:, 0]
+        if not len(left):
+            continue
+        load, mine = loads[left], slots[left]
+        theirs = refine(start(load, limit), load, num_gpus, target=target[left])
         better = fullest_load(theirs, load, num_gpus) < fullest_load(mine, load, num_gpus)
-        slots[differ] = torch.where(better[:, None], theirs, mine)
+        slots[left] = torch.where(better[:, None], theirs, mine)
     return slots
 
 

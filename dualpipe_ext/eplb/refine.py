@@ -18,7 +18,7 @@ from dualpipe_ext.eplb.replicas import tree_sum
 
 _LEAST_GAIN = 1e-6  # relative; smaller steps are not worth their time
 _STEPS_PER_SLOT = 4
-# Two halves of it, so that candidates of all problems together stay within some 100 MB.
+# Candidates are looked at together for so many problems as stay within some 100 MB.
 _MOST_CANDIDATES = 1_000_000
 
 
