@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dualpipe_ext.eplb import (
     Placement,
     balancedness,
+    drifting_loads,
     gpu_loads,
     plan_placement,
     rebalance_experts,
@@ -232,3 +233,17 @@ def test_tree_sum_adds_everything_once() -> None:
     for size in range(1, 40):
         x = torch.arange(2 * size, dtype=torch.float64).view(2, size)
         assert torch.equal(tree_sum(x), x.sum(1))
+
+
+def test_drifting_loads_stay_balanced_with_few_moves() -> None:
+    """A short run of benchmarks/eplb_drift.py."""
+    current, reference, moves, reference_moves, balance = None, None, 0, 0, []
+    for loads in itertools.islice(drifting_loads(2, 256, seed=0), 12):
+        plan = plan_placement(loads, 288, 32, current=current)
+        theirs = plan_placement(loads, 288, 32, policy="reference", current=reference)
+        moves += plan.moves
+        reference_moves += theirs.moves
+        current, reference = plan.placement, theirs.placement
+        balance.append(float(plan.after.mean()))
+    assert sum(balance) / len(balance) > 0.97
+    assert moves < 0.15 * reference_moves
