@@ -119,21 +119,26 @@ def command(
         num_gpus=gpus,
         num_groups=groups,
         num_nodes=nodes,
-        tolerance=tolerance,
     )
     placement = _current(current, before, now, request)
-    names = ("reference", "balanced") if compare else (policy,)
-    results = {name: request.plan(now, name, placement) for name in names}
-    chosen, _ = results[policy] if policy in results else request.plan(now, policy, placement)
+    wanted = [request.variant(policy, tolerance)]
+    chosen = wanted[0][0]
+    if compare:
+        wanted = [
+            request.variant("reference", 0.0),
+            *(request.variant("balanced", value) for value in sorted({tolerance, 0.0})),
+        ]
+    results = {name: request.plan(now, *how, placement) for name, how in wanted}
+    plan = results[chosen][0]
     cost = _Cost(expert_bytes=round(expert_mib * 2**20), bytes_per_s=gb_per_s * 1e9)
     source = str(loads) if loads is not None else f"{synthetic} loads, seed {seed}"
     console = Console(soft_wrap=True, highlight=False)
     _print(console, source, now, request, results, cost)
     if out is not None:
-        _write_maps(chosen.placement, out)
+        _write_maps(plan.placement, out)
         console.print(f"Wrote {out}")
     if picture is not None:
-        _draw(picture, source, now, placement, chosen, request)
+        _draw(picture, source, now, placement, plan, request)
         console.print(f"Wrote {picture}")
 
 
@@ -145,10 +150,15 @@ class _Request:
     num_gpus: int
     num_groups: int
     num_nodes: int
-    tolerance: float
+
+    @staticmethod
+    def variant(policy: str, tolerance: float) -> tuple[str, tuple[str, float]]:
+        """A name for the table, and the policy with its tolerance."""
+        name = policy if policy == "reference" else f"{policy} {100 * tolerance:g}%"
+        return name, (policy, tolerance)
 
     def plan(
-        self, loads: Tensor, policy: str, current: Placement | None
+        self, loads: Tensor, policy: str, tolerance: float, current: Placement | None
     ) -> tuple[PlacementPlan, float]:
         """The plan, and the seconds that it took."""
         from dualpipe_ext.eplb import plan_placement
@@ -162,7 +172,7 @@ class _Request:
             num_nodes=self.num_nodes,
             policy=policy,
             current=current,
-            tolerance=self.tolerance,
+            tolerance=tolerance,
         )
         return plan, time.perf_counter() - start
 
@@ -209,7 +219,7 @@ def _current(
     if path is not None:
         return _read_maps(path, now.shape[1])
     if before is not None:
-        return request.plan(before, "balanced", None)[0].placement
+        return request.plan(before, "balanced", 0.0, None)[0].placement
     if request.num_slots < now.shape[1]:
         return None  # the planner says what is wrong
     return Placement.identity(*now.shape, request.num_slots)
@@ -290,6 +300,10 @@ def _print(
         )
     console.print(table)
     console.print(f"Loads: {source}.")
+    if any(plan.policy == "balanced" for plan, _ in results.values()):
+        console.print(
+            "Balanced n%: up to n% of a new plan's balance are given up to move less (--tolerance)."
+        )
     console.print(
         "Balance: mean over maximum load of a GPU, mean of all layers. Bound: no plan has more; "
         "gap: what is missing to it."

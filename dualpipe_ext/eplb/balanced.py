@@ -203,7 +203,6 @@ def _best_slots(loads: Tensor, target: Tensor, sizes: Sizes) -> Tensor:
     """[B, S/N] replicas, packed and refined, for ``loads`` [B, E/N]."""
     num_slots, num_gpus = sizes.num_slots // sizes.num_nodes, sizes.num_gpus // sizes.num_nodes
     most = _most_replicas(loads.shape[1], num_slots, num_gpus)
-
     greedy = replica_counts(loads, num_slots, most)
 
     def searched(load: Tensor, limit: int) -> Tensor:

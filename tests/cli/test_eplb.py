@@ -36,9 +36,9 @@ def test_synthetic_loads_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = eplb(capsys, *SMALL)
     assert code == 0
     assert "3 layers x 32 experts in 40 slots, 8 GPUs, global" in out
-    assert list(table(out)) == ["in force", "balanced"]
+    assert list(table(out)) == ["in force", "balanced 2%"]
     assert float(table(out)["in force"][0]) < 0.6
-    assert float(table(out)["balanced"][0]) > 0.95
+    assert float(table(out)["balanced 2%"][0]) > 0.95
 
 
 def test_compare_shows_all_policies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,16 +46,17 @@ def test_compare_shows_all_policies(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "8 GPUs on 2 hosts, 4 groups kept whole" in out
     rows = table(out)
-    assert list(rows) == ["in force", "reference", "balanced"]
-    assert float(rows["reference"][0]) <= float(rows["balanced"][0]) <= float(rows["balanced"][1])
-    assert int(rows["balanced"][3]) <= int(rows["reference"][3])
+    assert list(rows) == ["in force", "reference", "balanced 0%", "balanced 2%"]
+    best = rows["balanced 0%"]
+    assert float(rows["reference"][0]) <= float(best[0]) <= float(best[1])
+    assert int(rows["balanced 2%"][3]) <= int(best[3]) <= int(rows["reference"][3])
 
 
 def test_drifting_loads_start_from_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = eplb(capsys, *SMALL, "--synthetic", "drifting", "--compare")
     assert code == 0
     rows = table(out)
-    assert int(rows["balanced"][3]) < int(rows["reference"][3]) / 2
+    assert int(rows["balanced 2%"][3]) < int(rows["reference"][3]) / 2
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
@@ -72,8 +73,8 @@ def test_maps_go_out_and_come_back(
     Placement(**read).validate()
     code, out, _ = eplb(capsys, *sizes, "--current", maps)
     assert code == 0
-    assert table(out)["in force"][0] == table(out)["balanced"][0]
-    assert table(out)["balanced"][3] == "0"
+    assert table(out)["in force"][0] == table(out)["balanced 2%"][0]
+    assert table(out)["balanced 2%"][3] == "0"
 
 
 def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
