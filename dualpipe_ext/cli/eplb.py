@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dualpipe_ext.eplb import Placement, PlacementPlan
 
 _MAP_SUFFIXES = (".json", ".pt")
+_POLICIES = ("reference", "balanced")  # as the planner names them; --help must not load torch
 _INPUT, _MODEL, _COST, _OUTPUT = "Loads", "What to plan for", "Cost", "Output"
 
 
@@ -113,6 +114,8 @@ def command(
     for name, value in (("--expert-mib", expert_mib), ("--gb-per-s", gb_per_s)):
         if not 0 < value < 1e12:
             raise ValueError(f"expected {name} to be positive, got {value}")
+    if policy not in _POLICIES:
+        raise ValueError(f"expected --policy of {', '.join(_POLICIES)}, got {policy!r}")
     before, now = _loads(loads, synthetic, layers, experts, seed, spread)
     request = _Request(
         num_slots=_default_slots(now.shape[1], gpus, nodes) if slots is None else slots,

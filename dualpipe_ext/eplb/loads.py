@@ -145,6 +145,7 @@ _UNREADABLE = (
     EOFError,
     OverflowError,
     RecursionError,
+    csv.Error,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
 )

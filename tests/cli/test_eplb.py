@@ -96,6 +96,7 @@ def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes", 3, "--groups", 3], "multiple of num_groups=3, got 32"),
         (["--gpus", 0], "num_gpus of at least 1, got 0"),
         (["--policy", "best"], "policy of reference, balanced, got 'best'"),
+        (["--policy", "best", "--compare"], "policy of reference, balanced, got 'best'"),
         (["--synthetic", "normal"], "lognormal, zipf, uniform, drifting, got 'normal'"),
         (["--spread", "-1"], "spread from 0 to 10, got -1"),
         (["--layers", 0], "at least one layer"),

@@ -108,6 +108,7 @@ def test_variants_of_the_formats(tmp_path: Path) -> None:
         ("x.json", b"\xff\xfe", "decode"),
         ("x.csv", b"a,b\n1,x\n", "'x' for expert 1 of layer 0"),
         ("x.csv", b"", r"shape \[1, 0\]"),
+        ("x.csv", b"1," * 3 + b"1" * 140_000, "field larger"),
         ("x.npy", b"no array", "got: "),
         ("x.npy", b"", "got: "),
         ("x.pt", b"no archive", "got: "),
