@@ -17,7 +17,7 @@ from dualpipe_ext.eplb import (
     Placement,
     balancedness,
     migrate,
-    rebalance_experts,
+    plan_placement,
     reduce_replica_grads,
 )
 from dualpipe_ext.models import Experts, MoELayer
@@ -73,19 +73,14 @@ class ExpertBalancer:
         self.monitor = LoadMonitor(model.num_layers, model.num_experts, device=device)
         # Until loads are known every expert is as loaded as any other.
         uniform = torch.ones(model.num_layers, model.num_experts, device=device)
-        self.placement = self.plan(uniform)
         # Tokens per expert in the last step, over all ranks.
         self.last_counts = torch.zeros_like(uniform, dtype=torch.int64)
-        self.install(self.placement)
+        self.install(self.plan(uniform))
 
-    def plan(self, loads: Tensor) -> Placement:
-        """The placement that EPLB chooses for ``loads`` [NL, E]."""
+    def plan(self, loads: Tensor, *, current: Placement | None = None) -> Placement:
+        """The placement that EPLB chooses for ``loads`` [NL, E], close to the ``current`` one."""
         config = self._config
-        if config.redundant_experts == 0 and config.rebalance_every == 0:
-            return Placement.identity(*loads.shape, device=loads.device)
-        return Placement(
-            *rebalance_experts(loads, config.num_slots, config.model.num_groups, 1, config.ep)
-        )
+        return plan_placement(loads, config.num_slots, config.ep, current=current).placement
 
     def install(self, placement: Placement) -> None:
         """Route by ``placement`` from the next forward on."""
@@ -144,7 +139,7 @@ class ExpertBalancer:
         Called by every rank after the same step. Returns the bytes that moved
         between the ranks of this rank's expert-parallel group.
         """
-        new = self.plan(self.monitor.local_loads())
+        new = self.plan(self.monitor.local_loads(), current=self.placement)
         moved = 0
         for layer in self._layers:
             tensors = [
