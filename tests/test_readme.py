@@ -62,14 +62,14 @@ def test_schedule_table_is_what_the_command_prints(capsys):
     command = next(line for b in blocks("bash") for line in b.splitlines() if "schedule" in line)
     assert main(command.split()[1:]) == 0
     printed = capsys.readouterr().out
-    shown = next(b for b in blocks("text") if "dualpipev" in b)
+    shown = next(b for b in blocks("text") if "zb1p" in b)
     assert shown.strip() == printed.strip()
 
 
 def test_picture_commands_exist():
-    for command in re.findall(r"`dualpipe (schedule [^`]*)`", README):
+    for command in re.findall(r"`dualpipe (schedule [^`]*|eplb [^`]*)`", README):
         # All but the drawing itself, which would rewrite the picture.
-        assert main(command.partition(" --out ")[0].split()) == 0
+        assert main(re.split(" --(?:out|picture) ", command)[0].split()) == 0
 
 
 def test_every_environment_variable_is_listed():

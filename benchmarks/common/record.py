@@ -36,6 +36,7 @@ def append(name: str, command: str, values: Mapping[str, object]) -> Path:
         ValueError: the file has other columns.
     """
     row = {**_circumstances(), "command": command, **values}
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     rows: list[dict[str, object]] = []
     if path.exists():
