@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -165,9 +167,11 @@ def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
+def wait_for(path: Path, run: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Wait until ``run`` has made ``path``."""
     deadline = time.monotonic() + seconds
     while not path.exists():
+        assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
 
@@ -190,16 +194,18 @@ def session_members(session: int) -> dict[int, str]:
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing_behind(how, code, tmp_path: Path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    # Not below tmp_path: the fork server's socket is in it, and its path must be short.
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(temporary))
     run = start(*TINY, "--steps=100000", "--out=run", cwd=tmp_path)
-    wait_for(tmp_path / "run" / "metrics.csv")
+    wait_for(tmp_path / "run" / "metrics.csv", run)
     # Ctrl-C on a terminal reaches every process, a job scheduler's SIGTERM the first one.
     (os.killpg if how == signal.SIGINT else os.kill)(run.pid, how)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == code, errors
     assert "Traceback" not in errors
-    assert not list((tmp_path / "temporary").glob("dualpipe-*"))
+    assert not list(temporary.glob("dualpipe-*"))
+    shutil.rmtree(temporary)
     deadline = time.monotonic() + 20
     while session_members(run.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -209,7 +215,7 @@ def test_a_stopped_run_leaves_nothing_behind(how, code, tmp_path: Path, monkeypa
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_a_killed_worker_ends_the_run_and_the_checkpoint_is_intact(tmp_path: Path):
     run = start(*TINY, "--steps=100000", "--save-every=2", "--out=run", cwd=tmp_path)
-    wait_for(tmp_path / "run" / "checkpoints" / "step-00000002")
+    wait_for(tmp_path / "run" / "checkpoints" / "step-00000002", run)
     # Workers are the forked children of the fork server: no process has a child of its own.
     parents = {
         int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
