@@ -105,6 +105,8 @@ def test_no_process_outlives_the_launcher(how, tmp_path):
         [sys.executable, str(script), str(pids)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
         stderr=subprocess.DEVNULL,
+        # As from a terminal: what a shell starts in the background inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
