@@ -208,14 +208,18 @@ def _machine() -> tuple[bool, int | None]:
     import torch
 
     on_gpus = torch.cuda.is_available()
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _under_torchrun():
         return on_gpus, int(os.environ["WORLD_SIZE"])
     return on_gpus, torch.cuda.device_count() if on_gpus else None
 
 
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def _ranks_of_this_process(num_ranks: int) -> range:
     """Under torchrun its own; else all those that it will start."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _under_torchrun():
         return range(int(os.environ["RANK"]), int(os.environ["RANK"]) + 1)
     return range(num_ranks)
 
@@ -247,7 +251,7 @@ def _start(config: TrainConfig, options: RunOptions) -> None:
     from dualpipe_ext import launch
     from dualpipe_ext.training import run
 
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _under_torchrun():
         launch.init_from_env(timeout_s=config.timeout_s)
         # The default folder is named after the time, which the ranks need not read alike.
         out = [options.out]

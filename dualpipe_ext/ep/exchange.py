@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+from dualpipe_ext.timeouts import is_timeout
 
 # Keeps these messages apart from other point-to-point traffic of the same group, where the backend
 # knows tags (gloo). Messages from one rank to another are matched in the order they are given.
@@ -119,8 +120,7 @@ class Exchange:
         names = sorted(set(peers))
         who = f"rank {names[0]}" if len(names) == 1 else f"ranks {names}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        timed_out = "timed out" in reason.lower() or "timeout" in reason.lower()
-        kind = CommTimeoutError if timed_out else DualPipeError
+        kind = CommTimeoutError if is_timeout(error) else DualPipeError
         return kind(
             f"rank {self.rank}, {phase}: expected {who} to answer within {self.timeout_s:g} s, "
             f"got: {reason}"

@@ -11,14 +11,13 @@ from torch import Tensor
 from dualpipe_ext.ep.fp8 import BLOCK
 from dualpipe_ext.ep.handle import LAYOUTS, Handle
 from dualpipe_ext.ep.transport import Transport, TransportConfig
+from dualpipe_ext.timeouts import check_timeout
 
 MAX_TOP_K = 32
 # Rows are moved in units of this many bytes by every transport that is not made of messages.
 ROW_BYTES = 16
 # Offsets are int32.
 MAX_ROWS = 2**31 - 1
-# About 30 years; process groups overflow not far beyond.
-MAX_TIMEOUT_S = 1e9
 
 
 def check_config(config: TransportConfig) -> None:
@@ -35,11 +34,7 @@ def check_config(config: TransportConfig) -> None:
             f"expected num_experts to be a multiple of the {config.num_ranks} ranks of the group, "
             f"got {config.num_experts}"
         )
-    timeout_s = config.timeout_s
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise ValueError(
-            f"expected timeout_s above 0 and at most {MAX_TIMEOUT_S:g} seconds, got {timeout_s!r}"
-        )
+    check_timeout(config.timeout_s)
 
 
 def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -> None:

@@ -1,9 +1,11 @@
-"""What a planner accepts: loads and sizes, checked before any work, with one clear line each.
+"""What planning and moving accept, checked before any work, with one clear line each.
 
 Shapes: L layers, E logical experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,3 +73,20 @@ def checked_sizes(
             f"expected num_gpus to be a multiple of num_nodes={num_nodes}, got {num_gpus}"
         )
     return num_groups, num_nodes
+
+
+def check_one_device(what: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse ``tensors`` that are not all where the first one is."""
+    for tensor in tensors:
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"expected {what} on one device, got {tensors[0].device} and {tensor.device}"
+            )
+
+
+def check_even_slots(num_slots: int, num_ranks: int) -> None:
+    """Refuse maps whose slots are none or do not divide over the ranks."""
+    if num_slots == 0 or num_slots % num_ranks:
+        raise ValueError(
+            f"expected maps whose slots divide evenly over {num_ranks} ranks, got {num_slots} slots"
+        )

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.eplb.agreement import Agreement
+from dualpipe_ext.eplb.checks import check_even_slots, check_one_device
 from dualpipe_ext.eplb.exchange import (
     as_integers,
     data_device,
@@ -309,10 +310,7 @@ def _checked_maps(old: Sequence[int], new: Sequence[int], num_ranks: int) -> int
         raise ValueError(
             f"expected old and new maps of the same length, got {len(old)} and {len(new)} slots"
         )
-    if not old or len(old) % num_ranks:
-        raise ValueError(
-            f"expected maps whose slots divide evenly over {num_ranks} ranks, got {len(old)} slots"
-        )
+    check_even_slots(len(old), num_ranks)
     if set(old) != set(new):
         lost, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         raise ValueError(
@@ -342,8 +340,5 @@ def _check_tensors(tensors: Sequence[Tensor], per_rank: int) -> None:
                 f"expected tensors with {per_rank} slots in the first dimension, "
                 f"got one of shape {list(tensor.shape)}"
             )
-        if tensor.device != tensors[0].device:
-            raise ValueError(
-                f"expected tensors on one device, got {tensors[0].device} and {tensor.device}"
-            )
         as_integers(tensor)  # raises on a dtype that cannot travel
+    check_one_device("tensors", tensors)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext.eplb.checks import check_even_slots, check_one_device
 from dualpipe_ext.eplb.exchange import (
     data_device,
     exchange,
@@ -158,18 +159,11 @@ def _index(values: list[int], device: torch.device) -> Tensor:
 
 
 def _check(grads: Sequence[Tensor], num_slots: int, num_ranks: int) -> None:
-    if num_slots == 0 or num_slots % num_ranks:
-        raise ValueError(
-            f"expected a map whose slots divide evenly over {num_ranks} ranks, "
-            f"got {num_slots} slots"
-        )
+    check_even_slots(num_slots, num_ranks)
     for grad in grads:
         if grad.dim() == 0 or len(grad) != num_slots // num_ranks or not grad.is_floating_point():
             raise ValueError(
                 f"expected floating-point gradients with {num_slots // num_ranks} slots in the "
                 f"first dimension, got {grad.dtype} {list(grad.shape)}"
             )
-        if grad.device != grads[0].device:
-            raise ValueError(
-                f"expected gradients on one device, got {grads[0].device} and {grad.device}"
-            )
+    check_one_device("gradients", grads)

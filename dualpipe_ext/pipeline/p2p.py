@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+from dualpipe_ext.timeouts import is_timeout
 
 _POLL_S = 100e-6
 # The runtime's own wait should end first: the NCCL watchdog ends the whole process.
@@ -323,10 +324,9 @@ def _waited(channel: Channel, purpose: str) -> str:
 def _failure(channel: Channel, purpose: str, error: RuntimeError) -> DualPipeError:
     if isinstance(error, DualPipeError):
         return error
-    text = str(error)
-    if "timed out" in text.lower() or "timeout" in text.lower():
+    if is_timeout(error):
         return CommTimeoutError(_waited(channel, purpose))
     return DualPipeError(
         f"rank {channel.rank} lost rank {channel.peer} while it waited for it {purpose} "
-        f"(pipeline ranks): {text}"
+        f"(pipeline ranks): {error}"
     )

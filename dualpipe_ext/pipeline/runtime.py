@@ -49,11 +49,11 @@ from dualpipe_ext.pipeline.plan import Plan, build_plan
 from dualpipe_ext.pipeline.stage import Criterion, LocalStage
 from dualpipe_ext.pipeline.timing import StepRecord, Stopwatch
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from dualpipe_ext.timeouts import check_timeout
 
 PlanFactory = Callable[..., Plan]
 
 _CLOSED = "close()"
-_MAX_TIMEOUT_S = 1e9  # about 30 years; process groups overflow not far beyond
 
 
 class Pipeline(nn.Module):
@@ -410,10 +410,7 @@ def _check_options(kind: object, batch_dim: object, timeout_s: object) -> None:
         )
     if not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"expected batch_dim of 0 or more, got {batch_dim!r}")
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= _MAX_TIMEOUT_S:
-        raise ValueError(
-            f"expected timeout_s above 0 and at most {_MAX_TIMEOUT_S:g} seconds, got {timeout_s!r}"
-        )
+    check_timeout(timeout_s)
 
 
 def _device_of(stages: nn.ModuleList) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from dualpipe_ext.ep.registry import transport_names
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
+from dualpipe_ext.timeouts import MAX_TIMEOUT_S
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,8 +65,8 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"expected a positive {name}, got {getattr(self, name)}")
         for name in ("lr", "clip", "timeout_s"):
-            # The bound keeps time-outs within what a process group can count.
-            if not 0 < getattr(self, name) <= 1e9:
+            # The bound is the time-out's; the others stay far below it.
+            if not 0 < getattr(self, name) <= MAX_TIMEOUT_S:
                 raise ValueError(f"expected {name} above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
