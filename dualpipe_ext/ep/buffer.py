@@ -15,6 +15,7 @@ from torch import Tensor
 from dualpipe_ext.ep import autograd, validate
 from dualpipe_ext.ep.event import CommStream, Event
 from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
+from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.ep.registry import create_transport
 from dualpipe_ext.ep.transport import RouteOptions, TransportConfig
 
@@ -32,10 +33,15 @@ class Buffer:
         num_experts: E, over all ranks; a multiple of R.
         top_k: K, at most 32.
         max_tokens: largest T of any call.
+        dtype: widest dtype of rows; communication memory is sized for it (:attr:`memory_bytes`).
         transport: "auto" (the environment variable ``DUALPIPE_TRANSPORT`` if set, else the best
             available) or a name.
-        num_sms: SMs that a communication kernel may take; ignored by transports that have none.
+        num_sms: SMs that a communication kernel may take; 0 asks "auto" for the copy engines;
+            ignored by transports that have no kernels.
+        num_slabs: zero-copy outputs that can be alive at once (:meth:`dispatch`).
         timeout_s: longest wait for another rank, in seconds.
+        local: place of this thread among virtual ranks of one process
+            (:class:`~dualpipe_ext.ep.local_ranks.LocalRanks`) instead of ``group``.
 
     Raises:
         ValueError: an argument no transport can work with, or a transport not available here.
@@ -60,16 +66,21 @@ class Buffer:
         num_experts: int,
         top_k: int,
         max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
         transport: str = "auto",
         num_sms: int | None = None,
+        num_slabs: int = 1,
         timeout_s: float = 30.0,
+        local: LocalRank | None = None,
     ) -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        rank, num_ranks, group = _place(group, local)
         self.config = TransportConfig(
             group=group,
-            rank=0 if group is None else dist.get_rank(group),
-            num_ranks=1 if group is None else dist.get_world_size(group),
+            local=local,
+            rank=rank,
+            num_ranks=num_ranks,
+            dtype=dtype,
+            num_slabs=num_slabs,
             hidden=hidden,
             num_experts=num_experts,
             top_k=top_k,
@@ -86,6 +97,28 @@ class Buffer:
         """Name of the transport in use."""
         return self._transport.name
 
+    @property
+    def memory_bytes(self) -> int:
+        """Communication memory that this rank holds on its device."""
+        return self._transport.memory_bytes
+
+    def check(self) -> None:
+        """Raise what kernels have reported since the last call; does not wait for them.
+
+        Every ``dispatch`` and ``combine`` does this first. After ``torch.cuda.synchronize()`` it
+        tells whether all calls so far went well.
+
+        Raises:
+            CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.
+            ValueError: a dispatch with ``max_recv_tokens`` had ids out of range (those choices
+                were dropped) or more rows than that (the rest was dropped).
+        """
+        self._transport.check()
+
+    def reset(self) -> None:
+        """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks."""
+        self._transport.reset()
+
     def dispatch(
         self,
         x: Tensor | tuple[Tensor, Tensor],
@@ -99,6 +132,7 @@ class Buffer:
         async_op: bool = False,
         handle: Handle | None = None,
         max_recv_tokens: int | None = None,
+        zero_copy: bool | None = None,
     ) -> tuple[TokenMajor | ExpertMajor, Handle]:
         """Send tokens to the ranks of their experts.
 
@@ -115,9 +149,14 @@ class Buffer:
             alignment: expert layout: rows of each expert are padded to a multiple of it, default 1.
             async_op: CUDA: run on a side stream; the output is usable after ``recv.event.wait()``.
             handle: repeat the routing of an earlier dispatch: ``topk_idx``, ``layout``,
-                ``alignment`` and ``max_recv_tokens`` are its own.
+                ``alignment``, ``max_recv_tokens`` and ``zero_copy`` are its own.
             max_recv_tokens: give the output this fixed number of rows, in either layout, the unused
-                ones zero.
+                ones zero. On the GPU transports the host then waits for nothing, and
+                the call can be captured in a CUDA graph.
+            zero_copy: token layout: leave the rows where they arrive. ``recv.tokens`` is then a
+                view of one of the buffer's ``num_slabs`` slabs, which is taken until the last
+                tensor that shares its storage is gone; while none is free, rows are copied into a
+                tensor of their own. A transport without such memory ignores it.
 
         Returns:
             The received rows, and the handle that :meth:`combine` needs.
@@ -128,12 +167,12 @@ class Buffer:
             CommTimeoutError: a rank did not take part.
         """
         x, scales = _split_quantized(x)
-        self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle)
+        self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle, max_recv_tokens)
         if handle is None:
-            options = _route_options(layout, alignment, max_recv_tokens)
+            options = _route_options(layout, alignment, max_recv_tokens, zero_copy)
             handle = self._transport.route(topk_idx, options)
         else:
-            _check_same_route(handle, topk_idx, layout, alignment, max_recv_tokens)
+            _check_same_route(handle, topk_idx, layout, alignment, max_recv_tokens, zero_copy)
         call = autograd.DispatchCall(
             transport=self._transport,
             handle=handle,
@@ -194,6 +233,7 @@ class Buffer:
         topk_weights: Tensor | None,
         fp8: bool,
         handle: Handle | None,
+        max_recv_tokens: int | None,
     ) -> None:
         validate.check_x(x, scales, fp8, self._transport)
         num_tokens = x.shape[0]
@@ -207,16 +247,18 @@ class Buffer:
             raise ValueError("expected topk_idx or handle, got neither")
         else:
             validate.check_topk_idx(topk_idx, num_tokens, x.device, self.config)
-            self._refuse_capture(x)
+            self._refuse_capture(x, max_recv_tokens)
         if topk_weights is not None:
             validate.check_topk_weights(topk_weights, num_tokens, x.device, self.config)
 
-    def _refuse_capture(self, x: Tensor) -> None:
-        if not (x.is_cuda and self._transport.capabilities.syncs_host):
+    def _refuse_capture(self, x: Tensor, max_recv_tokens: int | None) -> None:
+        syncs_host = self._transport.capabilities.syncs_host
+        if not x.is_cuda or not (syncs_host or max_recv_tokens is None):
             return
         if torch.cuda.is_current_stream_capturing():
+            wanted = "a handle" if syncs_host else "a handle or max_recv_tokens"
             raise ValueError(
-                f"expected a handle while a CUDA graph is captured: transport {self.transport!r} "
+                f"expected {wanted} while a CUDA graph is captured: transport {self.transport!r} "
                 "waits for counts on the host"
             )
 
@@ -229,13 +271,36 @@ def _split_quantized(x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor 
     return x
 
 
+def _place(
+    group: dist.ProcessGroup | None, local: LocalRank | None
+) -> tuple[int, int, dist.ProcessGroup | None]:
+    """Rank, number of ranks and group; without either argument the default group, or one rank."""
+    if local is not None:
+        if group is not None:
+            raise ValueError("expected group or local, got both")
+        return local.rank, local.num_ranks, None
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    if group is None:
+        return 0, 1, None
+    return dist.get_rank(group), dist.get_world_size(group), group
+
+
 def _route_options(
-    layout: Layout | None, alignment: int | None, max_recv_tokens: int | None
+    layout: Layout | None,
+    alignment: int | None,
+    max_recv_tokens: int | None,
+    zero_copy: bool | None,
 ) -> RouteOptions:
     layout = "token" if layout is None else layout
     alignment = 1 if alignment is None else alignment
-    validate.check_layout(layout, alignment, max_recv_tokens)
-    return RouteOptions(layout=layout, alignment=alignment, max_recv_tokens=max_recv_tokens)
+    validate.check_layout(layout, alignment, max_recv_tokens, bool(zero_copy))
+    return RouteOptions(
+        layout=layout,
+        alignment=alignment,
+        max_recv_tokens=max_recv_tokens,
+        zero_copy=bool(zero_copy),
+    )
 
 
 def _check_same_route(
@@ -244,6 +309,7 @@ def _check_same_route(
     layout: Layout | None,
     alignment: int | None,
     max_recv_tokens: int | None,
+    zero_copy: bool | None,
 ) -> None:
     """A cached dispatch cannot ask for another output than the handle describes."""
     if topk_idx is not None or max_recv_tokens is not None:
@@ -253,11 +319,12 @@ def _check_same_route(
     asked = (
         handle.layout if layout is None else layout,
         handle.alignment if alignment is None else alignment,
+        handle.zero_copy if zero_copy is None else zero_copy,
     )
-    if asked != (handle.layout, handle.alignment):
+    if asked != (handle.layout, handle.alignment, handle.zero_copy):
         raise ValueError(
-            f"expected the handle's layout {handle.layout!r} and alignment {handle.alignment}, "
-            f"got {asked[0]!r} and {asked[1]}"
+            f"expected the handle's layout {handle.layout!r}, alignment {handle.alignment} and "
+            f"zero_copy={handle.zero_copy}, got {asked[0]!r}, {asked[1]} and {asked[2]}"
         )
 
 

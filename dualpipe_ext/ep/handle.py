@@ -42,15 +42,21 @@ class Handle:
     """Expert layout: int32 [E/R], see :class:`ExpertMajor`."""
     counts: Tensor = field(repr=False)
     """int64 [E/R], rows that each local expert has, padding not counted."""
+    zero_copy: bool = False
+    """Whether rows are left in the communication buffer if they can be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Received:
     """What both layouts have in common.
 
-    ``tokens`` owns its memory. With ``fp8=True`` it is float8_e4m3fn and ``scales`` float32
-    [rows, H/128]; otherwise it has the dtype of ``x`` and ``scales`` is None. After
-    ``async_op=True`` call ``event.wait()`` before anything else is used.
+    ``tokens`` owns its memory; with ``zero_copy=True`` it may be a view of the communication buffer
+    instead, a slab of which stays taken until the last tensor of that storage is gone (as with any
+    tensor: a stream that still reads it when the last reference goes must be waited for).
+
+    With ``fp8=True`` it is float8_e4m3fn and ``scales`` float32 [rows, H/128]; otherwise it has the
+    dtype of ``x`` and ``scales`` is None. After ``async_op=True`` call ``event.wait()`` before
+    anything else is used.
     """
 
     tokens: Tensor

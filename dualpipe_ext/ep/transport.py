@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dualpipe_ext.ep.fp8 import Quantized
 from dualpipe_ext.ep.handle import Handle, Layout
+from dualpipe_ext.ep.local_ranks import LocalRank
+from dualpipe_ext.errors import DualPipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class TransportConfig:
     """What a ``Buffer`` was constructed with; equal on all ranks but for ``rank``."""
 
     group: dist.ProcessGroup | None
-    """None: one rank, no process group needed."""
+    """None: one rank, no process group needed; or virtual ranks, see ``local``."""
     rank: int
     num_ranks: int
     hidden: int
@@ -36,6 +38,12 @@ class TransportConfig:
     max_tokens: int
     num_sms: int | None
     timeout_s: float
+    dtype: torch.dtype = torch.bfloat16
+    """The widest row dtype: communication memory is sized for it."""
+    num_slabs: int = 1
+    """Zero-copy outputs that can be alive at once."""
+    local: LocalRank | None = None
+    """This rank's place among virtual ranks of one process; None for a process per rank."""
 
     @property
     def num_local_experts(self) -> int:
@@ -50,6 +58,8 @@ class RouteOptions:
     alignment: int
     max_recv_tokens: int | None
     """Rows of the output, fixed; None for as many as arrive."""
+    zero_copy: bool = False
+    """Token layout: leave the rows in the communication buffer if a slab of it is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +69,13 @@ class Capabilities:
     dtypes: frozenset[torch.dtype]
     """Row dtypes that dispatch and combine take."""
     syncs_host: bool
-    """Whether ``route`` waits for the device, so that it cannot be captured in a CUDA graph."""
+    """Whether ``route`` always waits for the device, so that it cannot be captured in a CUDA graph.
+    If not, it does so only where ``max_recv_tokens`` is None, and with it mistakes that only the
+    data shows are raised by :meth:`Transport.check`, on every rank, not by ``route``."""
+    zero_copy: bool = False
+    """Whether rows can be left in the communication buffer."""
+    local_ranks: bool = False
+    """Whether it serves virtual ranks of one process."""
 
 
 class Rows(NamedTuple):
@@ -91,6 +107,23 @@ class Transport(ABC):
     @abstractmethod
     def unavailable(cls, config: TransportConfig) -> str | None:
         """Why this machine or group cannot use the transport, in one line; None if it can."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Communication memory that this rank holds on its device."""
+        return 0
+
+    def check(self) -> None:  # noqa: B027 - most transports raise at once and have nothing kept
+        """Raise what the device has reported since the last check; does not wait for it."""
+
+    def reset(self) -> None:
+        """Make the transport usable again after a time-out; called on all ranks.
+
+        Raises:
+            CommTimeoutError: not all ranks came.
+            DualPipeError: this transport cannot; make a new group and buffer.
+        """
+        raise DualPipeError(f"transport {self.name!r} cannot be reset: make a new group and buffer")
 
     @abstractmethod
     def route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:

@@ -16,6 +16,7 @@ from dualpipe_ext.timeouts import check_timeout
 MAX_TOP_K = 32
 # Rows are moved in units of this many bytes by every transport that is not made of messages.
 ROW_BYTES = 16
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Offsets are int32.
 MAX_ROWS = 2**31 - 1
 
@@ -25,8 +26,12 @@ def check_config(config: TransportConfig) -> None:
     for name in ("hidden", "num_experts", "top_k"):
         _expect_int(name, getattr(config, name), least=1)
     _expect_int("max_tokens", config.max_tokens, least=0)
+    _expect_int("num_slabs", config.num_slabs, least=0)
     if config.num_sms is not None:
         _expect_int("num_sms", config.num_sms, least=0)
+    if config.dtype not in ROW_DTYPES:
+        names = ", ".join(str(dtype) for dtype in ROW_DTYPES)
+        raise ValueError(f"expected dtype to be one of {names}, got {config.dtype}")
     if config.top_k > MAX_TOP_K:
         raise ValueError(f"expected top_k of at most {MAX_TOP_K}, got {config.top_k}")
     if config.num_experts % config.num_ranks:
@@ -96,13 +101,15 @@ def check_handle(handle: object, transport: Transport) -> None:
         raise ValueError("expected a handle that this Buffer's dispatch returned, got another's")
 
 
-def check_layout(layout: str, alignment: int, max_recv_tokens: int | None) -> None:
+def check_layout(layout: str, alignment: int, max_recv_tokens: int | None, zero_copy: bool) -> None:
     """Check how the output of a dispatch is asked for."""
     if layout not in LAYOUTS:
         raise ValueError(f"expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}")
     _expect_int("alignment", alignment, least=1, most=MAX_ROWS)
     if layout == "token" and alignment != 1:
         raise ValueError(f"expected alignment=1 with layout='token', got {alignment}")
+    if layout == "expert" and zero_copy:
+        raise ValueError("expected zero_copy=False with layout='expert', got True")
     if max_recv_tokens is not None:
         _expect_int("max_recv_tokens", max_recv_tokens, least=0, most=MAX_ROWS)
 
