@@ -193,8 +193,8 @@ def test_rows_must_be_whole_16_bytes() -> None:
     [
         ({"topk_idx": IDX}, "expected no topk_idx and no max_recv_tokens with a handle"),
         ({"max_recv_tokens": 9}, "expected no topk_idx and no max_recv_tokens with a handle"),
-        ({"layout": "expert"}, "the handle's layout 'token', alignment 1 and zero_copy=False, got 'expert'"),
-        ({"alignment": 0}, "the handle's layout 'token' and alignment 1, got 'token' and 0"),
+        ({"layout": "expert"}, "the handle's layout 'token', alignment 1 and zero_copy=False, got"),
+        ({"alignment": 0}, "zero_copy=False, got 'token', 0 and False"),
         ({"x": X[:2]}, "expected x of the handle's 3 rows, got 2"),
         ({"handle": 7}, "expected a Handle from Buffer.dispatch, got int"),
         ({"handle": "other"}, "a handle that this Buffer's dispatch returned, got another's"),
