@@ -119,7 +119,7 @@ def ninja_file(nvcc: Path, sources: list[str]) -> str:
         name = str(Path(source).relative_to("csrc")).replace(os.sep, "_") + ".o"
         objects.append(name)
         lines.append(f"build {name}: compile {ninja_path(ROOT / source)}")
-        if Path(source).name == "bindings.cpp":
+        if Path(source).name.endswith("bindings.cpp"):
             lines.append(f"  extra = {python_flags}")
     lines.append(f"build _C.so: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from common.record import append
 from torch import Tensor
 
+from dualpipe_ext.bench.record import append, results_file
 from dualpipe_ext.eplb import Placement, PlacementPlan, balancedness, drifting_loads, plan_placement
 from dualpipe_ext.eplb.moves import experts_received, keep_slots, rename_gpus
 
@@ -118,15 +118,13 @@ def main(arguments: list[str]) -> int:
     share = found["balanced"]["moves"] / found["reference"]["moves"]
     print(f"the balanced policy moves {share:.1%} of what the reference moves")
     given = {key: getattr(options, key) for key in ("rebalances", "layers", "memory", "tolerance")}
-    path = append(
-        "eplb_drift",
-        " ".join(["python benchmarks/eplb_drift.py", *arguments]),
-        {
-            **given,
-            **{f"{n}_{key}": v for n, figures in found.items() for key, v in figures.items()},
-            "share_of_moves": round(share, 4),
-        },
-    )
+    row = {
+        **given,
+        **{f"{n}_{key}": v for n, figures in found.items() for key, v in figures.items()},
+        "share_of_moves": round(share, 4),
+    }
+    command = " ".join(["python benchmarks/eplb_drift.py", *arguments])
+    path = append(results_file("eplb_drift"), command, [row])
     print(f"recorded in {path}")
     return 0
 

@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from common.record import append, percentiles
 
+from dualpipe_ext.bench.record import append, percentiles, results_file
 from dualpipe_ext.training.data import load_text
 from dualpipe_ext.training.progress import read_metrics
 
@@ -51,18 +51,15 @@ def main(arguments: list[str]) -> int:
         return 1
     steady = rows[_WARM_UP:]
     speeds = percentiles([row["tokens"] / row["seconds"] for row in steady])
-    path = append(
-        "train",
-        " ".join(command),
-        {
-            "steps": len(rows),
-            "loss_first": round(rows[0]["loss"], 4),
-            f"loss_mean_of_last_{_LAST}": round(loss, 4),
-            **{f"tokens_per_s_{name}": round(value) for name, value in speeds.items()},
-            "bubble": round(sum(row["bubble"] for row in steady) / len(steady), 4),
-            "expert_balance": round(sum(row["balance"] for row in rows[-_LAST:]) / len(last), 4),
-        },
-    )
+    row = {
+        "steps": len(rows),
+        "loss_first": round(rows[0]["loss"], 4),
+        f"loss_mean_of_last_{_LAST}": round(loss, 4),
+        **{f"tokens_per_s_{name}": round(value) for name, value in speeds.items()},
+        "bubble": round(sum(row["bubble"] for row in steady) / len(steady), 4),
+        "expert_balance": round(sum(row["balance"] for row in rows[-_LAST:]) / len(last), 4),
+    }
+    path = append(results_file("train"), " ".join(command), [row])
     print(f"recorded in {path}")
     return 0
 

@@ -9,6 +9,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/ep_bindings.h"
 #include "api/error_channel.h"
 #include "api/workspace.h"
 #include "comm/barrier.h"
@@ -39,12 +40,14 @@ py::dict regions(const WorkspaceLayout& layout) {
   };
   add("state", 0, layout.control.state);
   add("barrier_flags", 0, layout.control.barrier_flags);
+  add("permits", 0, layout.control.permits);
+  add("route_flags", 0, layout.control.route_flags);
+  add("run_flags", 0, layout.control.run_flags);
+  add("ids", 0, layout.ids);
   add("counts", 0, layout.counts);
   const uint64_t slab = layout.slab_offset(0);
   add("rows", slab, layout.slab.rows);
   add("scales", slab, layout.slab.scales);
-  add("source_tokens", slab, layout.slab.source_tokens);
-  add("expert_ids", slab, layout.slab.expert_ids);
   add("weights", slab, layout.slab.weights);
   return found;
 }
@@ -103,20 +106,26 @@ void bind_devices(py::module_& m) {
 void bind_workspace(py::module_& m) {
   m.attr("MAX_RANKS") = kMaxRanks;
   py::class_<WorkspaceLayout>(m, "WorkspaceLayout")
-      .def(
-          py::init([](uint64_t num_ranks, uint64_t num_experts, uint64_t top_k, uint64_t max_tokens,
-                      uint64_t row_bytes, uint64_t scale_bytes, uint64_t num_slabs) {
-            return checked_layout(
-                {num_ranks, num_experts, top_k, max_tokens, row_bytes, scale_bytes, num_slabs});
-          }),
-          py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("top_k"),
-          py::arg("max_tokens"), py::arg("row_bytes"), py::arg("scale_bytes") = 0,
-          py::arg("num_slabs") = 1)
+      .def(py::init([](uint64_t num_ranks, uint64_t num_experts, uint64_t top_k,
+                       uint64_t max_tokens, uint64_t row_bytes, uint64_t scale_bytes,
+                       uint64_t weight_bytes, uint64_t num_slabs) {
+             return checked_layout({num_ranks, num_experts, top_k, max_tokens, row_bytes,
+                                    scale_bytes, weight_bytes, num_slabs});
+           }),
+           py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("top_k"),
+           py::arg("max_tokens"), py::arg("row_bytes"), py::arg("scale_bytes") = 0,
+           py::arg("weight_bytes") = 4, py::arg("num_slabs") = 1)
       .def_readonly("bytes", &WorkspaceLayout::bytes)
       .def_property_readonly("control_bytes",
                              [](const WorkspaceLayout& l) { return l.control.bytes; })
       .def_property_readonly("slab_bytes", [](const WorkspaceLayout& l) { return l.slab.bytes; })
       .def_property_readonly("row_pitch", [](const WorkspaceLayout& l) { return l.slab.row_pitch; })
+      .def_property_readonly("scale_pitch",
+                             [](const WorkspaceLayout& l) { return l.slab.scale_pitch; })
+      .def_property_readonly("weight_pitch",
+                             [](const WorkspaceLayout& l) { return l.slab.weight_pitch; })
+      .def_property_readonly("id_pitch", [](const WorkspaceLayout& l) { return l.id_pitch; })
+      .def_property_readonly("max_runs", [](const WorkspaceLayout& l) { return l.control.runs; })
       .def("slab_offset", &WorkspaceLayout::slab_offset, py::arg("slab"))
       .def("regions", &regions);
   py::class_<PeerTable>(m, "PeerTable")
@@ -147,4 +156,5 @@ PYBIND11_MODULE(_C, m) {
   dualpipe::bind_devices(m);
   dualpipe::bind_workspace(m);
   dualpipe::bind_comm(m);
+  dualpipe::bind_ep(m);
 }

@@ -27,6 +27,10 @@ WorkspaceLayout checked_layout(const WorkspaceShape& shape) {
   expect(shape.max_tokens >= 1, "max_tokens of at least 1", shape.max_tokens);
   expect(shape.row_bytes >= 16 && shape.row_bytes % 16 == 0,
          "row_bytes to be a positive multiple of 16", shape.row_bytes);
+  // Expert ids are exchanged as 16-bit numbers.
+  expect(shape.num_experts <= INT16_MAX, "num_experts of at most 32767", shape.num_experts);
+  expect(shape.weight_bytes == 4 || shape.weight_bytes == 8, "weight_bytes of 4 or 8",
+         shape.weight_bytes);
   expect(shape.num_slabs >= 1, "num_slabs of at least 1", shape.num_slabs);
   const WorkspaceLayout layout = make_workspace_layout(shape);
   if (layout.bytes == 0) {

@@ -8,12 +8,29 @@ namespace dualpipe {
 enum class ErrorCode : uint32_t { kNone = 0, kTimeout = 1 };
 
 // Where in a protocol a rank was waiting.
-enum class Phase : uint32_t { kBarrier = 1 };
+enum class Phase : uint32_t {
+  kBarrier = 1,
+  kRoute = 2,           // for the expert ids of a peer
+  kDispatchPermit = 3,  // for leave to write into a peer's slab
+  kDispatchRows = 4,    // for rows of a peer
+  kCombinePermit = 5,
+  kCombineRows = 6,
+};
 
 constexpr const char* phase_name(Phase phase) {
   switch (phase) {
     case Phase::kBarrier:
       return "barrier";
+    case Phase::kRoute:
+      return "route";
+    case Phase::kDispatchPermit:
+      return "dispatch (permission)";
+    case Phase::kDispatchRows:
+      return "dispatch (rows)";
+    case Phase::kCombinePermit:
+      return "combine (permission)";
+    case Phase::kCombineRows:
+      return "combine (rows)";
   }
   return "unknown";
 }

@@ -43,6 +43,14 @@ struct Watchdog {
     record->epoch = site.epoch;
     ptx::st_release_sys(&record->code, static_cast<uint32_t>(ErrorCode::kTimeout));
   }
+
+  // Looked at now and then while waiting: true ends the wait, and the reason is recorded.
+  __device__ bool gives_up(const WaitSite& site, uint32_t expected, uint32_t seen) const {
+    if (aborted()) return true;
+    if (!expired()) return false;
+    report(site, expected, seen);
+    return true;
+  }
 };
 
 // Polls between two looks at the clock and the abort word. A poll of a local flag takes about half
@@ -59,12 +67,7 @@ __device__ inline bool wait_epoch(const uint32_t* flag, uint32_t expected, const
   for (uint32_t polls = 1;; ++polls) {
     const uint32_t seen = ptx::ld_acquire_sys(flag);
     if (epoch_reached(seen, expected)) return true;
-    if (polls % kPollsPerCheck != 0) continue;
-    if (watchdog.aborted()) return false;
-    if (watchdog.expired()) {
-      watchdog.report(site, expected, seen);
-      return false;
-    }
+    if (polls % kPollsPerCheck == 0 && watchdog.gives_up(site, expected, seen)) return false;
   }
 }
 

@@ -18,7 +18,8 @@ import typer
 from dualpipe_ext import env
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError, WorkerFailedError
 
-# name -> (module with a function `command`, help shown before that module is imported)
+# name -> (module with a function `command`, or with a typer `app` of further subcommands;
+#          help shown before that module is imported)
 COMMANDS = {
     "train": ("dualpipe_ext.cli.train", "Train a small MoE language model on this machine."),
     "schedule": ("dualpipe_ext.cli.schedule", "Simulate, compare and draw pipeline schedules."),
@@ -27,6 +28,7 @@ COMMANDS = {
         "Measure in a profiler trace how much communication is hidden.",
     ),
     "eplb": ("dualpipe_ext.cli.eplb", "Plan where experts live; show balance, bound and cost."),
+    "bench": ("dualpipe_ext.cli.bench", "Measure this package on this machine."),
     "doctor": ("dualpipe_ext.cli.doctor", "Say what this machine can do and what is missing."),
 }
 
@@ -70,9 +72,15 @@ def _build_app(requested: str | None) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_options)
     for name, (module, summary) in COMMANDS.items():
-        function = importlib.import_module(module).command if name == requested else _not_loaded
-        # The requested one shows its own docstring.
-        app.command(name, help=None if name == requested else summary)(function)
+        if name != requested:
+            app.command(name, help=summary)(_not_loaded)
+            continue
+        loaded = importlib.import_module(module)
+        if hasattr(loaded, "app"):
+            app.add_typer(loaded.app, name=name, help=summary)
+        else:
+            # It shows its own docstring.
+            app.command(name)(loaded.command)
     return app
 
 

@@ -1,6 +1,6 @@
 """Gradients of dispatch and combine: the backward of one is the other, with the same handle.
 
-A backward communicates, so all ranks must run it or none. Both functions take an ``anchor``, an
+A backward communicates, so all ranks must run it or none. Both functions are given ``ANCHOR``, an
 empty tensor that requires grad: with it a rank whose inputs need no gradient (a frozen embedding, a
 first stage) still has the node in its graph and joins the others. What stays the caller's duty: on
 every rank the loss must depend on the outputs, also where no row arrived (run the experts on the
@@ -9,8 +9,9 @@ empty tensor; do not skip them).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,49 +19,49 @@ from torch.autograd.function import once_differentiable
 
 from dualpipe_ext.ep.expand import accumulator_dtype, filled_rows
 from dualpipe_ext.ep.fp8 import Quantized
-from dualpipe_ext.ep.handle import Handle
-from dualpipe_ext.ep.transport import Transport
+from dualpipe_ext.ep.transport import Rows
+
+with torch.inference_mode(False):  # whoever imports this first
+    ANCHOR = torch.empty(0, device="cpu", requires_grad=True)
+
+
+class Moves(Protocol):
+    """The part of a transport that gradients need; compiled code has ops for it (``ops.py``)."""
+
+    dispatch: Callable[..., Rows]
+    combine: Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchCall:
     """The arguments of a dispatch that are not differentiated."""
 
-    transport: Transport
-    handle: Handle
+    transport: Moves
+    handle: Any
+    """What ``transport`` takes for a handle."""
     fp8: bool
     pow2_scales: bool
     scales: Tensor | None
     """Given with ``x`` already quantised."""
-    grad_dtype: torch.dtype
-    """Dtype of row gradients on the wire: that of ``x``, or bfloat16 for quantised input."""
 
 
 def dispatch(
-    x: Tensor, topk_weights: Tensor | None, call: DispatchCall
+    x: Tensor, topk_weights: Tensor | None, call: DispatchCall, anchor: Tensor = ANCHOR
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Differentiable :meth:`Transport.dispatch`; returns tokens, scales, weights, grad_carrier."""
-    return _Dispatch.apply(x, topk_weights, _anchor(x), call)
+    return _Dispatch.apply(x, topk_weights, anchor, call)
 
 
 def combine(
     rows: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
-    transport: Transport,
-    handle: Handle,
+    transport: Moves,
+    handle: Any,
+    anchor: Tensor = ANCHOR,
 ) -> Tensor:
     """Differentiable :meth:`Transport.combine`."""
-    return _Combine.apply(rows, weights, bias, _anchor(rows), transport, handle)
-
-
-def _filled(handle: Handle) -> Tensor:
-    assert handle.offsets is not None
-    return filled_rows(handle.offsets, handle.counts, handle.num_rows)
-
-
-def _anchor(like: Tensor) -> Tensor:
-    return torch.empty(0, device=like.device, requires_grad=True)
+    return _Combine.apply(rows, weights, bias, anchor, transport, handle)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -72,15 +73,18 @@ class _Dispatch(torch.autograd.Function):
         tokens, scales, weights = call.transport.dispatch(
             source, topk_weights, call.handle, fp8=call.fp8, pow2_scales=call.pow2_scales
         )
+        # Row gradients travel in the dtype of x, or in bfloat16 for quantised input.
+        grad_dtype = x.dtype if call.scales is None else torch.bfloat16
         ctx.call = call
-        ctx.has_weights = weights is not None
+        ctx.rows_like = (tokens.shape, grad_dtype, tokens.device)
+        ctx.weights_like = None
         if weights is not None:
-            ctx.weights_like = (weights.shape, weights.dtype)
+            ctx.weights_like = (weights.shape, weights.dtype, weights.device)
         ctx.set_materialize_grads(False)
         carrier = None
         if scales is not None:
             ctx.mark_non_differentiable(tokens, scales)
-            carrier = tokens.new_zeros((), dtype=call.grad_dtype).expand(tokens.shape)
+            carrier = tokens.new_zeros((), dtype=grad_dtype).expand(tokens.shape)
         return tokens, scales, weights, carrier
 
     @staticmethod
@@ -93,17 +97,16 @@ class _Dispatch(torch.autograd.Function):
         grad_carrier: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         call: DispatchCall = ctx.call
-        handle = call.handle
         rows = grad_tokens if grad_carrier is None else grad_carrier
         # Which outputs a rank used is its own affair: what goes over the wire must not depend on
         # it, so a missing gradient is sent as zeros.
         if rows is None:
-            shape = (handle.num_rows, call.transport.config.hidden)
-            rows = torch.zeros(shape, dtype=call.grad_dtype, device=handle.counts.device)
-        if grad_weights is None and ctx.has_weights:
-            shape, dtype = ctx.weights_like
-            grad_weights = torch.zeros(shape, dtype=dtype, device=rows.device)
-        grad_x, grad_topk_weights = call.transport.combine(rows, handle, row_weights=grad_weights)
+            rows = _zeros(*ctx.rows_like)
+        if grad_weights is None and ctx.weights_like is not None:
+            grad_weights = _zeros(*ctx.weights_like)
+        grad_x, grad_topk_weights = call.transport.combine(
+            rows, call.handle, row_weights=grad_weights
+        )
         needs_x, needs_weights, *_ = ctx.needs_input_grad
         return grad_x if needs_x else None, grad_topk_weights if needs_weights else None, None, None
 
@@ -116,8 +119,8 @@ class _Combine(torch.autograd.Function):
         weights: Tensor | None,
         bias: Tensor | None,
         anchor: Tensor,
-        transport: Transport,
-        handle: Handle,
+        transport: Moves,
+        handle: Any,
     ) -> Tensor:
         ctx.transport = transport
         ctx.handle = handle
@@ -150,3 +153,11 @@ class _Combine(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _filled(handle: Any) -> Tensor:
+    return filled_rows(handle.offsets, handle.counts, handle.num_rows)

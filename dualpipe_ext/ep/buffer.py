@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.ep import autograd, validate
+from dualpipe_ext.ep import autograd, ops, validate
 from dualpipe_ext.ep.event import CommStream, Event
 from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
 from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.ep.registry import create_transport
+from dualpipe_ext.ep.tickets import make_ticket
 from dualpipe_ext.ep.transport import RouteOptions, TransportConfig
 
 
@@ -25,6 +26,12 @@ class Buffer:
 
     Every rank of the group makes the same calls in the same order, with any number of tokens each
     (0 too). Results are deterministic: same inputs, same bits. One buffer serves all layers.
+
+    ``torch.compile`` takes dispatch and combine into its graphs, as ops that it neither drops nor
+    reorders. Compiled calls run on the current stream, whatever ``async_op`` says. Without
+    ``max_recv_tokens`` the number of rows is known only when they come: Dynamo breaks the graph
+    there, or with ``fullgraph=True`` makes it a symbol. A checkpoint inside compiled code must not
+    recompute communication, see :func:`~dualpipe_ext.ep.ops.save_communication`.
 
     Args:
         group: process group of the expert-parallel ranks; None is the default group, or one rank if
@@ -90,6 +97,7 @@ class Buffer:
         )
         validate.check_config(self.config)
         self._transport = create_transport(transport, self.config)
+        self._ticket = make_ticket(self._transport)
         self._comm_stream = CommStream()
 
     @property
@@ -167,23 +175,22 @@ class Buffer:
             CommTimeoutError: a rank did not take part.
         """
         x, scales = _split_quantized(x)
-        self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle, max_recv_tokens)
+        self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle)
         if handle is None:
             options = _route_options(layout, alignment, max_recv_tokens, zero_copy)
-            handle = self._transport.route(topk_idx, options)
+            handle = self._route(topk_idx, options)
         else:
             _check_same_route(handle, topk_idx, layout, alignment, max_recv_tokens, zero_copy)
-        call = autograd.DispatchCall(
-            transport=self._transport,
-            handle=handle,
-            fp8=fp8,
-            pow2_scales=pow2_scales,
-            scales=scales,
-            grad_dtype=x.dtype if scales is None else torch.bfloat16,
-        )
+        if torch.compiler.is_compiling():
+            outputs = ops.dispatch(
+                x, topk_weights, handle, scales=scales, fp8=fp8, pow2_scales=pow2_scales
+            )
+            return _received(handle, outputs, Event()), handle
+        own = ops.resolved(handle)
+        call = autograd.DispatchCall(self._transport, own, fp8, pow2_scales, scales)
         with self._comm_stream.run(async_op, (x, scales, topk_weights)):
             outputs = autograd.dispatch(x, topk_weights, call)
-        event = self._comm_stream.event(async_op, outputs, handle)
+        event = self._comm_stream.event(async_op, outputs, own)
         return _received(handle, outputs, event), handle
 
     def combine(
@@ -221,9 +228,18 @@ class Buffer:
         validate.check_handle(handle, transport)
         validate.check_rows("rows", rows, transport, handle.num_rows)
         validate.check_combine_extras(rows, handle, weights, bias)
+        if torch.compiler.is_compiling():
+            return ops.combine(rows, weights, bias, handle), Event()
+        own = ops.resolved(handle)
         with self._comm_stream.run(async_op, (rows, weights, bias)):
-            y = autograd.combine(rows, weights, bias, transport, handle)
-        return y, self._comm_stream.event(async_op, (y,), handle)
+            y = autograd.combine(rows, weights, bias, transport, own)
+        return y, self._comm_stream.event(async_op, (y,), own)
+
+    def _route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
+        if torch.compiler.is_compiling():
+            return ops.route(self._transport, self._ticket, topk_idx, options)
+        validate.check_capture(topk_idx, options.max_recv_tokens, self._transport)
+        return self._transport.route(topk_idx, options)
 
     def _check_dispatch(
         self,
@@ -233,7 +249,6 @@ class Buffer:
         topk_weights: Tensor | None,
         fp8: bool,
         handle: Handle | None,
-        max_recv_tokens: int | None,
     ) -> None:
         validate.check_x(x, scales, fp8, self._transport)
         num_tokens = x.shape[0]
@@ -247,20 +262,8 @@ class Buffer:
             raise ValueError("expected topk_idx or handle, got neither")
         else:
             validate.check_topk_idx(topk_idx, num_tokens, x.device, self.config)
-            self._refuse_capture(x, max_recv_tokens)
         if topk_weights is not None:
             validate.check_topk_weights(topk_weights, num_tokens, x.device, self.config)
-
-    def _refuse_capture(self, x: Tensor, max_recv_tokens: int | None) -> None:
-        syncs_host = self._transport.capabilities.syncs_host
-        if not x.is_cuda or not (syncs_host or max_recv_tokens is None):
-            return
-        if torch.cuda.is_current_stream_capturing():
-            wanted = "a handle" if syncs_host else "a handle or max_recv_tokens"
-            raise ValueError(
-                f"expected {wanted} while a CUDA graph is captured: transport {self.transport!r} "
-                "waits for counts on the host"
-            )
 
 
 def _split_quantized(x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -85,7 +85,7 @@ class CollectiveTransport(Transport):
 
     @classmethod
     def unavailable(cls, config: TransportConfig) -> str | None:
-        return None
+        return None if config.local is None else "virtual ranks have no process group"
 
     def route(self, topk_idx: Tensor, options: RouteOptions) -> CollectiveHandle:
         config = self.config

@@ -6,6 +6,8 @@ N rows in token layout, M rows in expert layout.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,8 +21,21 @@ Layout = Literal["token", "expert"]
 LAYOUTS: tuple[Layout, ...] = ("token", "expert")
 
 
+_keys = itertools.count()
+_handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+
+
+def handle_with_key(key: int) -> Handle:
+    """The live handle of that :attr:`Handle.key`."""
+    return _handles[key]
+
+
+class _WeaklyReferable:
+    __slots__ = ("__weakref__",)  # dataclass has weakref_slot from Python 3.11 on
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Handle:
+class Handle(_WeaklyReferable):
     """Where every row of one dispatch came from and went to; made by a transport, opaque to users.
 
     Not a tensor, never changed, valid as long as it is referenced: any number of handles can be
@@ -44,6 +59,12 @@ class Handle:
     """int64 [E/R], rows that each local expert has, padding not counted."""
     zero_copy: bool = False
     """Whether rows are left in the communication buffer if they can be."""
+    key: int = field(init=False, repr=False)
+    """Its number in this process, by which compiled code names it (see ``ops.py``)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", next(_keys))
+        _handles[self.key] = self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,7 +96,12 @@ class Received:
             raise ValueError(f"expected rows dispatched with fp8=True, got {self.tokens.dtype}")
         if self.grad_carrier is None:
             return dequantize(Quantized(self.tokens, self.scales), dtype)
-        return StraightThroughDequantize.apply(self.grad_carrier, self.tokens, self.scales, dtype)
+        rows = (self.grad_carrier, self.tokens, self.scales, dtype)
+        if torch.compiler.is_compiling():
+            # As an op (ops.py): torch 2.11 compiles the function itself to one without gradient,
+            # since its forward does not read the carrier.
+            return torch.ops.dualpipe_ext.dequantize(*rows)
+        return StraightThroughDequantize.apply(*rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

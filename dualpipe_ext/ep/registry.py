@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dualpipe_ext import env
 from dualpipe_ext.ep.collective import CollectiveTransport
+from dualpipe_ext.ep.copy_engine import CopyEngineTransport
+from dualpipe_ext.ep.nvlink import NVLinkTransport
 from dualpipe_ext.ep.transport import Transport, TransportConfig
 
 # Best first: "auto" takes the first that is available.
-_TRANSPORTS: tuple[type[Transport], ...] = (CollectiveTransport,)
+_TRANSPORTS: tuple[type[Transport], ...] = (
+    NVLinkTransport,
+    CopyEngineTransport,
+    CollectiveTransport,
+)
 
 ENVIRONMENT_VARIABLE = "DUALPIPE_TRANSPORT"
 

@@ -132,6 +132,19 @@ def check_combine_extras(
         _expect_device("bias", bias, rows.device)
 
 
+def check_capture(x: Tensor, max_recv_tokens: int | None, transport: Transport) -> None:
+    """A CUDA graph can hold a new routing only if nothing waits for it on the host."""
+    syncs_host = transport.capabilities.syncs_host
+    if not x.is_cuda or not (syncs_host or max_recv_tokens is None):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        wanted = "a handle" if syncs_host else "a handle or max_recv_tokens"
+        raise ValueError(
+            f"expected {wanted} while a CUDA graph is captured: transport {transport.name!r} "
+            "waits for counts on the host"
+        )
+
+
 def _num_rows(tensor: object) -> int:
     return tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() else 0
 

@@ -48,19 +48,22 @@ def make_case(
     experts_per_rank: int = 3,
     top_k: int = 3,
     max_tokens: int = 7,
+    tokens: int | None = None,
 ) -> Case:
-    """Draw the inputs of one case."""
+    """Draw the inputs of one case; every rank has ``tokens`` tokens, if given, else up to
+    ``max_tokens``, each its own number."""
     gen = torch.Generator().manual_seed(1000 * seed + KINDS.index(kind))
     num_experts = num_ranks * experts_per_rank
     weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     xs, topk_idx, topk_weights = [], [], []
     for rank in range(num_ranks):
-        tokens = int(torch.randint(1, max_tokens + 1, (), generator=gen))
+        drawn = int(torch.randint(1, max_tokens + 1, (), generator=gen))
+        rows = drawn if tokens is None else tokens
         if kind == "all_empty" or (kind == "some_ranks_empty" and rank % 2 == 0):
-            tokens = 0
-        xs.append(torch.randn(tokens, hidden, generator=gen, dtype=torch.float64).to(dtype))
-        topk_idx.append(_choices(kind, tokens, top_k, num_experts, experts_per_rank, gen))
-        weights = torch.rand(tokens, top_k, generator=gen, dtype=torch.float64)
+            rows = 0
+        xs.append(torch.randn(rows, hidden, generator=gen, dtype=torch.float64).to(dtype))
+        topk_idx.append(_choices(kind, rows, top_k, num_experts, experts_per_rank, gen))
+        weights = torch.rand(rows, top_k, generator=gen, dtype=torch.float64)
         topk_weights.append(weights.to(weight_dtype))
     return Case(num_experts, xs, topk_idx, topk_weights)
 

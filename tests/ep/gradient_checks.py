@@ -1,35 +1,36 @@
-"""What every rank checks of gradients through a transport; see rank_checks.py.
+"""What every rank checks of gradients through a transport.
 
 Shapes: R ranks, T tokens of a rank, H hidden, E experts, K top-k, N token rows, M expert rows.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.ep import Buffer
 from tests.ep.cases import KINDS, Case, make_case
-from tests.ep.rank_checks import LAYOUTS, leaf, make_buffer, scramble
+from tests.ep.rank_checks import LAYOUTS, leaf, scramble
+from tests.ep.ranks import Ranks
 
 
-def gradients_equal_dense(transport: str, device: str) -> None:
+def gradients_equal_dense(ranks: Ranks) -> None:
     """float64 gradients of everything differentiable, against one process without dispatch."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    for kind, mode in itertools.product(KINDS, ("token", "expert", "expert_weights", "checkpoint")):
-        case = make_case(kind, num_ranks, dtype=torch.float64)
-        buffer = make_buffer(transport, case)
-        want = _dense(case)
-        got = _distributed(case, buffer, mode, device)
-        for name, tensor in got.items():
-            wanted = want[name][rank]
-            error = (tensor.detach().cpu() - wanted).abs()
-            worst = float(error.max()) if error.numel() else 0.0
-            assert worst <= 1e-12, f"{kind} {mode}: {name} differs by {worst}"
+    rank, num_ranks = ranks.rank, ranks.num_ranks
+    cases = {kind: make_case(kind, num_ranks, dtype=torch.float64) for kind in KINDS}
+    buffer = ranks.make_buffer(cases[KINDS[0]])
+    for kind, case in cases.items():
+        want = ranks.once(functools.partial(_dense, case))
+        for mode in ("token", "expert", "expert_weights", "checkpoint"):
+            got = _distributed(ranks, case, buffer, mode)
+            for name, tensor in got.items():
+                wanted = want[name][rank]
+                error = (tensor.detach().cpu() - wanted).abs()
+                worst = float(error.max()) if error.numel() else 0.0
+                assert worst <= 1e-12, f"{kind} {mode}: {name} differs by {worst}"
 
 
 def _parameters(case: Case) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -67,8 +68,8 @@ def _dense(case: Case) -> dict[str, list[Tensor]]:
     }
 
 
-def _distributed(case: Case, buffer: Buffer, mode: str, device: str) -> dict[str, Tensor]:
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+def _distributed(ranks: Ranks, case: Case, buffer: Buffer, mode: str) -> dict[str, Tensor]:
+    rank, num_ranks, device = ranks.rank, ranks.num_ranks, ranks.device
     all_experts, biases, loss_weights = _parameters(case)
     experts = all_experts.chunk(num_ranks)[rank].clone().to(device).requires_grad_()
     x, w, bias = (
@@ -113,11 +114,11 @@ def _distributed(case: Case, buffer: Buffer, mode: str, device: str) -> dict[str
     }
 
 
-def gradients_join_everywhere(transport: str, device: str) -> None:
+def gradients_join_everywhere(ranks: Ranks) -> None:
     """A rank that needs no gradient, or uses only some outputs, takes part all the same."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    rank, num_ranks, device = ranks.rank, ranks.num_ranks, ranks.device
     case = make_case("uneven", num_ranks, dtype=torch.float64)
-    buffer = make_buffer(transport, case)
+    buffer = ranks.make_buffer(case)
     needs_grad = rank == 0
     x = leaf(case.xs[rank], device, needs_grad)
     w = leaf(case.topk_weights[rank], device, needs_grad)
@@ -145,12 +146,13 @@ def gradients_join_everywhere(transport: str, device: str) -> None:
         assert not recv.tokens.requires_grad
 
 
-def fp8_gradient_is_straight_through(transport: str, device: str) -> None:
+def fp8_gradient_is_straight_through(ranks: Ranks) -> None:
     """The gradient is that of a dispatch without quantisation."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    rank, num_ranks, device = ranks.rank, ranks.num_ranks, ranks.device
     for how in LAYOUTS:
         case = make_case("uneven", num_ranks, dtype=torch.bfloat16, hidden=128)
-        buffer = make_buffer(transport, case)
+        # The rows that come back are float32.
+        buffer = ranks.make_buffer(case, dtype=torch.float32)
         grads = []
         for fp8 in (False, True):
             x = leaf(case.xs[rank], device)
@@ -164,11 +166,11 @@ def fp8_gradient_is_straight_through(transport: str, device: str) -> None:
         assert grads[0].dtype == torch.bfloat16
 
 
-def padding_rows_do_not_matter(transport: str, device: str) -> None:
+def padding_rows_do_not_matter(ranks: Ranks) -> None:
     """Whatever a GEMM leaves in padding rows reaches neither outputs nor gradients."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    rank, num_ranks, device = ranks.rank, ranks.num_ranks, ranks.device
     case = make_case("uneven", num_ranks)
-    buffer = make_buffer(transport, case)
+    buffer = ranks.make_buffer(case)
     results = []
     for filler in (0.0, float("nan")):
         x = leaf(case.xs[rank], device)

@@ -1,78 +1,134 @@
 """The one test file that every transport must pass: semantics, faults and gradients, on R ranks.
 
-A transport is added by a line in TRANSPORTS; what is checked is in rank_checks.py and
-gradient_checks.py.
+What is checked is in the files ``*_checks.py``; where, in ranks.py. A transport is added by a line
+in ENVIRONMENTS.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-import torch
 
-from dualpipe_ext.launch import run_ranks
-from tests.ep import gradient_checks, rank_checks
+from tests.ep import fault_checks, gradient_checks, rank_checks, stress_checks, zero_copy_checks
+from tests.ep.ranks import (
+    COPY_ENGINE,
+    COPY_ENGINE_VIRTUAL,
+    GLOO,
+    NCCL,
+    NVLINK,
+    NVLINK_VIRTUAL,
+    Environment,
+)
 
-# (transport, device, needs): the rows that this machine cannot run are skipped.
-TRANSPORTS = [
-    pytest.param(("collective", "cpu", "gloo"), id="collective-gloo"),
-    pytest.param(("collective", "cuda", "nccl"), id="collective-nccl", marks=pytest.mark.multi_gpu),
-]
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> tuple[str, str, str]:
-    _, device, _ = request.param
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two or more GPUs")
-    return request.param
-
-
-def _run(fn: object, transport: tuple[str, str, str], num_ranks: int, *args: object) -> list:
-    name, device, backend = transport
-    if device == "cuda" and num_ranks > torch.cuda.device_count():
-        pytest.skip(f"needs {num_ranks} GPUs")
-    return run_ranks(fn, num_ranks, name, device, *args, backend=backend, run_timeout_s=120)
+GPU, MULTI_GPU = pytest.mark.gpu, pytest.mark.multi_gpu
+# id: (environment, its tier, numbers of ranks). Larger numbers than there are GPUs are skipped.
+ENVIRONMENTS = {
+    "collective-gloo": (GLOO, (), (1, 2, 3, 4)),
+    "collective-nccl": (NCCL, (MULTI_GPU,), (1, 2, 4)),
+    "nvlink": (NVLINK, (MULTI_GPU,), (1, 2, 3, 4, 8)),
+    "copy_engine": (COPY_ENGINE, (MULTI_GPU,), (1, 2, 3, 4, 8)),
+    "nvlink-virtual": (NVLINK_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
+    "copy_engine-virtual": (COPY_ENGINE_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
+}
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_forward(transport: tuple[str, str, str], num_ranks: int) -> None:
-    checks = (
+def on(
+    *names: str, num_ranks: int | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test in the environments named (or all), on the number of ranks given (or its own)."""
+    params = []
+    for name in names or ENVIRONMENTS:
+        environment, marks, usual = ENVIRONMENTS[name]
+        numbers = usual if num_ranks is None else (num_ranks,)
+        params += [pytest.param(environment, n, id=f"{name}-{n}", marks=marks) for n in numbers]
+    return pytest.mark.parametrize(("environment", "num_ranks"), params)
+
+
+GPU_TRANSPORTS = ("nvlink", "copy_engine", "nvlink-virtual", "copy_engine-virtual")
+PROCESSES = ("collective-gloo", "collective-nccl", "nvlink", "copy_engine")
+
+
+@on()
+def test_forward(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
         rank_checks.forward_equals_reference,
         rank_checks.combine_is_within_rounding,
         rank_checks.fp8_equals_reference,
         rank_checks.static_output,
-        rank_checks.bad_ids_raise_everywhere,
         rank_checks.strided_inputs,
+        rank_checks.same_bits_every_time,
         rank_checks.async_op,
     )
-    _run(rank_checks.run_checks, transport, num_ranks, checks)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_gradients(transport: tuple[str, str, str], num_ranks: int) -> None:
-    checks = (
+@on()
+def test_mistakes(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
+        rank_checks.mistakes_of_one_call,
+        rank_checks.bad_ids_raise_everywhere,
+        rank_checks.too_many_rows_raise_everywhere,
+        rank_checks.other_settings_raise_everywhere,
+    )
+
+
+@on()
+def test_sizes(environment: Environment, num_ranks: int) -> None:
+    environment.run(num_ranks, stress_checks.sizes)
+
+
+@on()
+def test_gradients(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
         gradient_checks.gradients_equal_dense,
         gradient_checks.gradients_join_everywhere,
         gradient_checks.fp8_gradient_is_straight_through,
         gradient_checks.padding_rows_do_not_matter,
     )
-    _run(rank_checks.run_checks, transport, num_ranks, checks)
 
 
-def test_many_calls_with_changing_routing(transport: tuple[str, str, str]) -> None:
-    _run(rank_checks.run_checks, transport, 2, (rank_checks.many_calls,))
+@on(*GPU_TRANSPORTS)
+def test_zero_copy(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
+        zero_copy_checks.zero_copy_equals_reference,
+        zero_copy_checks.slabs_come_and_go,
+        zero_copy_checks.slabs_do_not_leak,
+    )
 
 
-def test_groups_that_are_not_the_world(transport: tuple[str, str, str]) -> None:
-    _run(rank_checks.run_checks, transport, 4, (rank_checks.subgroups,))
+@on("collective-gloo", "collective-nccl", num_ranks=2)
+def test_zero_copy_without_slabs(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks, zero_copy_checks.zero_copy_equals_reference, zero_copy_checks.slabs_come_and_go
+    )
 
 
-def test_a_rank_that_stays_away_is_named(transport: tuple[str, str, str]) -> None:
-    if transport[1] == "cuda":
-        pytest.skip("NCCL reports one time-out for all its messages")
-    *others, late = _run(rank_checks.late_rank, transport, 3)
+@on(num_ranks=2)
+def test_many_calls_with_changing_routing(environment: Environment, num_ranks: int) -> None:
+    environment.run(num_ranks, stress_checks.many_calls)
+
+
+@on("collective-gloo", num_ranks=3)
+def test_hundreds_of_calls(environment: Environment, num_ranks: int) -> None:
+    # With 10,000 of them on the GPU transports: tests/gpu/test_ep.py, tests/multi_gpu/test_ep.py.
+    environment.run(num_ranks, stress_checks.hundreds_of_calls)
+
+
+@on(*PROCESSES, num_ranks=4)
+def test_groups_that_are_not_the_world(environment: Environment, num_ranks: int) -> None:
+    environment.run(num_ranks, rank_checks.subgroups)
+
+
+# NCCL reports one time-out for all its messages; the GPU transports: test_ep.py beside this one.
+@on("collective-gloo", num_ranks=3)
+def test_a_rank_that_stays_away_is_named(environment: Environment, num_ranks: int) -> None:
+    *others, [late] = environment.run(num_ranks, fault_checks.late_rank)
     assert late is None
-    for rank, message in enumerate(others):
+    for rank, [message] in enumerate(others):
         assert message.startswith(
             f"rank {rank}, dispatch (counts): expected rank 2 to answer within 0.5 s"
         )

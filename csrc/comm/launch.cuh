@@ -1,0 +1,47 @@
+// What every communication kernel does at its beginning and at its end: finding out for which rank
+// it acts, and counting the epoch on.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/launch_args.h"
+#include "comm/wait.cuh"
+#include "layout/workspace.h"
+
+namespace dualpipe {
+
+// The CTA's place.
+struct Place {
+  uint32_t local;  // index of its rank among those of the launch
+  uint32_t cta;    // among its rank's CTAs
+
+  __device__ static Place here(const LaunchArgs& args) {
+    return {blockIdx.x / args.ctas, blockIdx.x % args.ctas};
+  }
+};
+
+__device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local, uint32_t rank) {
+  return {args.layout.control.state.in(args.peers.base[rank]), args.records + local,
+          ptx::globaltimer_ns(), args.timeout_ns};
+}
+
+// Called by all threads of every CTA as the last thing: the last CTA of the rank counts `*epoch`
+// on. All CTAs have read the epoch before they come here, and the next kernel of the stream starts
+// after the last one, so nobody reads it while it changes. `epoch` and the ticket are the rank's
+// own.
+__device__ inline void finish_epoch(ControlState* state, uint32_t* epoch, uint32_t ctas) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (atomicAdd(&state->ticket, 1u) + 1 != ctas) return;
+  state->ticket = 0;
+  *epoch += 1;
+}
+
+// Test hook: holds a role back, so that races have time to show.
+__device__ inline void delay(uint32_t nanoseconds) {
+  if (nanoseconds == 0) return;
+  const uint64_t start = ptx::globaltimer_ns();
+  while (ptx::globaltimer_ns() - start < nanoseconds) __nanosleep(100);
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,96 @@
+// BF16 to FP8 E4M3 with one float32 scale per 128 values, by one warp, in shared memory. Bit for
+// bit what dualpipe_ext.ep.fp8.quantize defines.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace dualpipe {
+
+inline constexpr uint32_t kQuantBlock = 128;
+
+struct QuantScale {
+  float scale;    // value = fp8 * scale
+  float inverse;  // fp8 = value * inverse, rounded
+};
+
+template <bool kPow2>
+__device__ __forceinline__ QuantScale quant_scale(float amax) {
+  // 2^-100 keeps the inverse finite. Not fmaxf, which would lose NaN.
+  amax = amax < 7.888609052210118e-31f ? 7.888609052210118e-31f : amax;
+  if (kPow2) {
+    // The smallest 2^e with amax <= 448 * 2^e; 448 is 1.75 * 2^8. The mantissa decides whether to
+    // round up; no arithmetic, so nothing is rounded.
+    const uint32_t bits = __float_as_uint(amax);
+    const uint32_t exponent = (bits >> 23) - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);
+    return {__uint_as_float(exponent << 23), __uint_as_float((254 - exponent) << 23)};
+  }
+  return {__fmul_rn(amax, 1.0f / 448.0f), __fmul_rn(__frcp_rn(amax), 448.0f)};
+}
+
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+// Two BF16 values times `inverse`, as two FP8 values.
+__device__ __forceinline__ uint32_t to_fp8x2(uint32_t pair, float inverse) {
+  float2 v = unpack_bf16x2(pair);
+  v.x = __fmul_rn(v.x, inverse);
+  v.y = __fmul_rn(v.y, inverse);
+  return __nv_cvt_float2_to_fp8x2(v, __NV_SATFINITE, __NV_E4M3);
+}
+
+// 8 values.
+__device__ __forceinline__ __nv_bfloat162 most_of(const uint4& v) {
+  const auto as_pair = [](uint32_t word) { return *reinterpret_cast<__nv_bfloat162*>(&word); };
+  // Propagates NaN, as torch's amax does.
+  return __hmax2_nan(__hmax2_nan(__habs2(as_pair(v.x)), __habs2(as_pair(v.y))),
+                     __hmax2_nan(__habs2(as_pair(v.z)), __habs2(as_pair(v.w))));
+}
+
+// Turns `num_values` BF16 values at `row`, a multiple of 128, into FP8 in the same place, and
+// writes their scales. Called by a whole warp.
+//
+// A lane takes 32 values, so four lanes share a block: few shuffles, and one scale for 32 values.
+// It reads its four times 16 bytes in an order that depends on the lane: without conflicts of
+// banks.
+//
+// In place: the first values of a round become FP8 at half their distance from the start, which has
+// been read in this round or before: each round reads before any lane writes.
+template <bool kPow2>
+__device__ void quantize_in_place(uint8_t* row, float* scales, uint32_t num_values) {
+  constexpr uint32_t kPerLane = 32;
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t first = 0; first < num_values; first += 32 * kPerLane) {
+    const uint32_t at = first + lane * kPerLane;
+    const bool have = at < num_values;
+    uint4 v[4];
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      const uint32_t unit = (j + lane / 2) % 4;
+      v[j] = have ? reinterpret_cast<const uint4*>(row)[at / 8 + unit] : uint4{};
+    }
+    __nv_bfloat162 most = __hmax2_nan(__hmax2_nan(most_of(v[0]), most_of(v[1])),
+                                      __hmax2_nan(most_of(v[2]), most_of(v[3])));
+    most = __hmax2_nan(most, __shfl_xor_sync(~0u, most, 1));
+    most = __hmax2_nan(most, __shfl_xor_sync(~0u, most, 2));
+    const QuantScale q = quant_scale<kPow2>(__bfloat162float(__hmax_nan(most.x, most.y)));
+    // The shuffles are behind the reads of all lanes.
+    __syncwarp();
+    if (have) {
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        const uint32_t unit = (j + lane / 2) % 4;
+        reinterpret_cast<uint2*>(row)[at / 8 + unit] = {
+            to_fp8x2(v[j].x, q.inverse) | to_fp8x2(v[j].y, q.inverse) << 16,
+            to_fp8x2(v[j].z, q.inverse) | to_fp8x2(v[j].w, q.inverse) << 16};
+      }
+      if (lane % 4 == 0) scales[at / kQuantBlock] = q.scale;
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace dualpipe

@@ -1,0 +1,93 @@
+"""One row of ``ep.csv``: a case measured with a variant, or the reason why it was not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+OK, FAILED, ERROR, UNAVAILABLE = "ok", "FAILED", "error", "unavailable"
+PEER_COPY = "peer-copy"
+
+
+@dataclass(slots=True, kw_only=True)
+class EpRow:
+    """All columns, in order. Times are microseconds per call of the slowest rank, percentiles are
+    over rounds; None is an empty cell: not measured."""
+
+    device: str
+    ranks: int
+    virtual: bool
+    """All ranks on one GPU: times are those of all ranks' work, and no byte crosses a link."""
+    tokens: int
+    hidden: int
+    experts: int
+    top_k: int
+    rounds: int
+    calls: int
+    case: str
+    """"" if the whole variant could not be used."""
+    transport: str
+    num_sms: int | None
+    """Asked for."""
+    status: str
+    reason: str = ""
+    us_p20: float | None = None
+    us_p50: float | None = None
+    us_p80: float | None = None
+    uncached_us_p20: float | None = None
+    """Routing included, ``max_recv_tokens`` given: nothing waits on the host."""
+    uncached_us_p50: float | None = None
+    uncached_us_p80: float | None = None
+    routing_us: float | None = None
+    """Median uncached minus median cached."""
+    graph_us_p20: float | None = None
+    """The cached call replayed from a CUDA graph."""
+    graph_us_p50: float | None = None
+    graph_us_p80: float | None = None
+    graph_reason: str = ""
+    """Why there is no graph_us."""
+    wire_bytes: int | None = None
+    """Bytes that a rank receives from other ranks (a combine returns what its dispatch brought)."""
+    logical_bytes: int | None = None
+    """Bytes of all rows that a rank receives, its own included: a row per (token, rank)."""
+    wire_gb_s: float | None = None
+    useful_gb_s: float | None = None
+    """As wire_gb_s, but counting a token once per (token, rank) whatever really crosses."""
+    logical_gb_s: float | None = None
+    nominal_sm_us: float | None = None
+    """num_sms x us."""
+    sm_us: float | None = None
+    """SM microseconds of all kernels of a call, see ``dualpipe_ext.bench.sm_time``."""
+    most_sms: int | None = None
+    """SMs of the kernel that takes most of them."""
+    gemm_us: float | None = None
+    """A GEMM alone, see ``dualpipe_ext.bench.beside_gemm``."""
+    gemm_slow_down: float | None = None
+    overlap_speed_up: float | None = None
+    overlap_us: float | None = None
+    """One call beside GEMMs."""
+
+    def set_times(self, name: str, values: dict[str, float]) -> None:
+        """Store p20, p50 and p80 of ``us``, ``uncached_us`` or ``graph_us``."""
+        for percentile, value in values.items():
+            setattr(self, f"{name}_{percentile}", round(value, 2))
+
+    def set_traffic(self, wire: int, useful: int, logical: int) -> None:
+        """Store bytes, see the columns, and what they are per second at the median time."""
+        assert self.us_p50 is not None
+        self.logical_bytes, self.logical_gb_s = logical, self._gb_s(logical)
+        if not self.virtual:
+            self.wire_bytes, self.wire_gb_s = wire, self._gb_s(wire)
+            self.useful_gb_s = self._gb_s(useful)
+
+    def _gb_s(self, num_bytes: int) -> float:
+        return round(num_bytes / self.us_p50 / 1e3, 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data by column."""
+        return asdict(self)
+
+
+def columns() -> list[str]:
+    """The columns of a row, in order."""
+    return [field.name for field in fields(EpRow)]

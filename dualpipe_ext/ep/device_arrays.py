@@ -1,0 +1,22 @@
+"""Tensors and streams as kernels take them: addresses of dense memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def current_stream() -> int:
+    """The address of the current stream."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_on_16_bytes(tensor: Tensor) -> Tensor:
+    """The tensor itself if kernels can read it as it is: dense rows from a multiple of 16 bytes."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,239 @@
+"""The arguments of the dispatch and combine kernels, made from tensors; nothing is launched here.
+
+Shapes: T tokens of this rank, H hidden, R ranks, G experts per rank, K top-k, N or M rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext.ep.device_arrays import address, rows_on_16_bytes
+from dualpipe_ext.ep.expand import accumulator_dtype
+from dualpipe_ext.ep.fp8 import BLOCK, Quantized, quantize
+from dualpipe_ext.ep.peer_handle import PeerHandle
+from dualpipe_ext.ep.transport import Rows
+
+if TYPE_CHECKING:
+    from dualpipe_ext.ep.peer import PeerTransport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchInput:
+    """What a dispatch reads, in a form that kernels can."""
+
+    rows: Tensor
+    """[T, H], dense."""
+    scales: Tensor | None
+    """float32 [T, H/128] of rows that are quantised already."""
+    weights: Tensor | None
+    payload: str
+    """What the kernel does with the rows; see csrc/ep/dispatch.h."""
+    out_dtype: torch.dtype
+
+    @property
+    def num_scales(self) -> int:
+        return self.rows.shape[1] // BLOCK if self.out_dtype == torch.float8_e4m3fn else 0
+
+    @property
+    def in_bytes(self) -> int:
+        return self.rows.shape[1] * self.rows.element_size()
+
+    @property
+    def out_bytes(self) -> int:
+        return self.rows.shape[1] * self.out_dtype.itemsize
+
+
+def dispatch_input(
+    x: Tensor | Quantized, weights: Tensor | None, fp8: bool, pow2_scales: bool
+) -> DispatchInput:
+    """Dense tensors; rows that the kernel, which reads bfloat16, cannot quantise are quantised."""
+    payload = "as_is"
+    if fp8 and isinstance(x, Tensor):
+        if x.dtype == torch.bfloat16:
+            payload = "quantize_pow2" if pow2_scales else "quantize"
+        else:
+            x = quantize(x, pow2_scales=pow2_scales)
+    rows, scales = x if isinstance(x, Quantized) else (x, None)
+    return DispatchInput(
+        rows=rows_on_16_bytes(rows),
+        scales=None if scales is None else rows_on_16_bytes(scales),
+        weights=None if weights is None else weights.contiguous(),
+        payload=payload,
+        out_dtype=torch.float8_e4m3fn if payload != "as_is" else rows.dtype,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchOutput:
+    """Where a dispatch writes."""
+
+    rows: Tensor
+    """[N or M, H], dense or rows of a slab."""
+    scales: Tensor | None
+    weights: Tensor | None
+    slab: int
+    """Where rows of other ranks arrive."""
+    in_slab: bool
+    """They stay there."""
+
+    def as_rows(self) -> Rows:
+        return Rows(self.rows, self.scales, self.weights)
+
+
+def dispatch_output(
+    transport: PeerTransport, source: DispatchInput, handle: PeerHandle
+) -> DispatchOutput:
+    """Allocate the output; rows stay in the communication buffer if asked and if a slab is free."""
+    num_rows, hidden = handle.num_rows, source.rows.shape[1]
+    weights = None
+    if source.weights is not None:
+        shape = (num_rows,) if handle.layout == "expert" else (num_rows, source.weights.shape[1])
+        weights = source.weights.new_empty(shape)
+    keep = handle.zero_copy and transport.capabilities.zero_copy
+    taken = transport.take_slab(num_rows, source.out_dtype) if keep else None
+    if taken is not None:
+        rows = taken.rows(source.out_dtype, hidden)
+        scales = taken.scales(source.num_scales) if source.num_scales else None
+        return DispatchOutput(rows, scales, weights, taken.index, in_slab=True)
+    rows = source.rows.new_empty((num_rows, hidden), dtype=source.out_dtype)
+    scales = None
+    if source.num_scales:
+        scales = rows.new_empty((num_rows, source.num_scales), dtype=torch.float32)
+    return DispatchOutput(rows, scales, weights, 0, in_slab=False)
+
+
+def dispatch_call(
+    transport: PeerTransport, source: DispatchInput, handle: PeerHandle, output: DispatchOutput
+) -> Any:
+    """``DispatchCall`` of csrc/ep/dispatch.h."""
+    send_delay, receive_delay = transport.delays_ns
+    return transport.core.DispatchCall(
+        rank=transport.config.rank,
+        num_tokens=handle.num_tokens,
+        slab=output.slab,
+        keep_in_slab=output.in_slab,
+        expert_layout=handle.layout == "expert",
+        send_delay_ns=send_delay,
+        receive_delay_ns=receive_delay,
+        x=address(source.rows),
+        x_scales=address(source.scales),
+        weights=address(source.weights),
+        slots=address(handle.slots),
+        ids=address(handle.ids),
+        matrix=address(handle.matrix),
+        run_starts=address(handle.run_starts),
+        topk_local=address(handle.topk_idx),
+        positions=address(handle.positions),
+        counts=address(handle.counts),
+        offsets=address(handle.offsets),
+        out_rows=address(output.rows),
+        out_scales=address(output.scales),
+        out_weights=address(output.weights),
+        num_rows=handle.num_rows,
+        out_pitch=output.rows.stride(0) * output.rows.element_size(),
+        out_scale_pitch=0 if output.scales is None else output.scales.stride(0),
+    )
+
+
+def dispatch_sizes(source: DispatchInput) -> dict[str, Any]:
+    """What a launch needs besides the calls; equal on all ranks of it."""
+    return {
+        "payload": source.payload,
+        "in_bytes": source.in_bytes,
+        "out_bytes": source.out_bytes,
+        "num_scales": source.num_scales,
+        "weight_bytes": 4 if source.weights is None else source.weights.element_size(),
+    }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineInput:
+    """What a combine reads, in a form that kernels can."""
+
+    rows: Tensor
+    weights: Tensor | None
+    bias: Tensor | None
+    row_weights: Tensor | None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows.shape[1] * self.rows.element_size()
+
+
+def combine_input(
+    rows: Tensor, weights: Tensor | None, bias: Tensor | None, row_weights: Tensor | None
+) -> CombineInput:
+    """Dense tensors; factors in the dtype of the sums."""
+    if rows.shape[0] == 0:
+        # A row that the kernel may point at, and that no sum uses.
+        rows = rows.new_zeros((1, rows.shape[1]))
+    return CombineInput(
+        rows=rows_on_16_bytes(rows),
+        weights=None if weights is None else weights.to(accumulator_dtype(rows.dtype)).contiguous(),
+        bias=None if bias is None else rows_on_16_bytes(bias),
+        row_weights=None if row_weights is None else row_weights.contiguous(),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineOutput:
+    """Where a combine writes."""
+
+    y: Tensor
+    """[T, H]"""
+    token_weights: Tensor | None
+    """[T, K]"""
+
+
+def combine_output(
+    transport: PeerTransport, source: CombineInput, handle: PeerHandle
+) -> CombineOutput:
+    """Allocate the output."""
+    token_weights = None
+    if source.row_weights is not None:
+        shape = (handle.num_tokens, transport.config.top_k)
+        token_weights = source.row_weights.new_empty(shape)
+    return CombineOutput(
+        source.rows.new_empty((handle.num_tokens, source.rows.shape[1])), token_weights
+    )
+
+
+def combine_call(
+    transport: PeerTransport,
+    source: CombineInput,
+    handle: PeerHandle,
+    output: CombineOutput,
+) -> Any:
+    """``CombineCall`` of csrc/ep/combine.h."""
+    send_delay, receive_delay = transport.delays_ns
+    return transport.core.CombineCall(
+        rank=transport.config.rank,
+        num_tokens=handle.num_tokens,
+        send_delay_ns=send_delay,
+        receive_delay_ns=receive_delay,
+        rows=address(source.rows),
+        num_rows=source.rows.shape[0],
+        weights=address(source.weights),
+        bias=address(source.bias),
+        row_weights=address(source.row_weights),
+        slots=address(handle.slots),
+        ids=address(handle.ids),
+        matrix=address(handle.matrix),
+        positions=address(handle.positions),
+        y=address(output.y),
+        token_weights=address(output.token_weights),
+    )
+
+
+def combine_sizes(source: CombineInput, handle: PeerHandle) -> dict[str, Any]:
+    """What a launch needs besides the calls; equal on all ranks of it."""
+    return {
+        "row_type": str(source.rows.dtype).removeprefix("torch."),
+        "expert_layout": handle.layout == "expert",
+        "row_bytes": source.row_bytes,
+        "weight_bytes": 4 if source.row_weights is None else source.row_weights.element_size(),
+    }

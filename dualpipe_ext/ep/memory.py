@@ -1,0 +1,157 @@
+"""Memory that all ranks can write: one allocation per rank, and everybody's address of it.
+
+Providers: torch symmetric memory for a process per GPU, plain allocations for virtual ranks of one
+process and for a rank alone. Kernels cannot tell them apart.
+
+Shapes: R ranks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext import core
+from dualpipe_ext.ep.transport import TransportConfig
+from dualpipe_ext.errors import CommTimeoutError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PeerMemory:
+    """One rank's communication memory and its view of the others'."""
+
+    own: Tensor
+    """uint8 [bytes], zero at first."""
+    addresses: list[int]
+    """[R], where every rank's memory is in this process."""
+    keep: object
+    """What must live as long as the addresses are used."""
+
+
+def allocate(num_bytes: int, config: TransportConfig) -> PeerMemory:
+    """Allocate on the current device, on all ranks; zeroed everywhere before any rank returns.
+
+    Args:
+        num_bytes: equal on all ranks.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    if config.group is None or config.num_ranks == 1:
+        own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize()
+        if config.local is None:
+            return PeerMemory(own, [own.data_ptr()], None)
+        everyone = config.local.gather(own)
+        return PeerMemory(own, [memory.data_ptr() for memory in everyone], everyone)
+    # Only here: it is a private module of torch.
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(own, config.group)
+    own.zero_()
+    torch.cuda.synchronize()
+    meet(config)
+    return PeerMemory(own, list(handle.buffer_ptrs), handle)
+
+
+def meet(config: TransportConfig) -> None:
+    """Wait on the host until every rank is here.
+
+    Raises:
+        CommTimeoutError: not all came within the time-out.
+    """
+    if config.local is not None:
+        config.local.gather(None)
+        return
+    if config.num_ranks == 1:
+        return
+    # Through the store: it needs no GPU, and it has a time-out of its own.
+    store = dist.distributed_c10d._get_default_store()
+    name = config.group.group_name
+    serial = _meetings.get(name, 0)
+    _meetings[name] = serial + 1
+    key = f"dualpipe/{name}/{serial}"
+    store.set(f"{key}/{config.rank}", "")
+    keys = [f"{key}/{rank}" for rank in range(config.num_ranks)]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=config.timeout_s))
+    except RuntimeError:  # dist.DistStoreError
+        absent = [rank for rank, one in enumerate(keys) if not store.check([one])]
+        raise CommTimeoutError(
+            f"rank {config.rank}, meeting of the ranks: expected ranks {absent} to come within "
+            f"{config.timeout_s:g} s"
+        ) from None
+
+
+# Meetings of each group so far: every rank of it counts alike.
+_meetings: dict[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where a rank is, and why it could not use kernels there; compared among the ranks."""
+
+    host: str
+    device: int
+    """As CUDA numbers it in that process; -1 without a GPU."""
+    bus_id: str
+    reason: str | None
+
+
+def unavailable(config: TransportConfig) -> str | None:
+    """Why the ranks cannot reach each other's memory, in one line; None if they can.
+
+    All ranks come to the same answer: each learns the others' findings first.
+    """
+    site = _own_site()
+    if config.local is not None:
+        limit = core.module().MAX_LOCAL_RANKS if core.available() else config.num_ranks
+        if config.num_ranks > limit:
+            return f"at most {limit} virtual ranks"
+        return site.reason
+    if config.group is None or config.num_ranks == 1:
+        return site.reason
+    sites: list[_Site] = [None] * config.num_ranks  # type: ignore[list-item]
+    dist.all_gather_object(sites, site, group=config.group)
+    reasons = [
+        f"rank {rank}: {other.reason}" for rank, other in enumerate(sites) if other.reason
+    ] or _links(sites, config.rank)
+    everyone: list[list[str]] = [[] for _ in sites]
+    dist.all_gather_object(everyone, reasons, group=config.group)
+    return next((reason for found in everyone for reason in found), None)
+
+
+def _own_site() -> _Site:
+    host = socket.gethostname()
+    if not core.available():
+        return _Site(host, -1, "", f"no compiled CUDA core ({core.why_unavailable()})")
+    if not torch.cuda.is_available():
+        return _Site(host, -1, "", "no GPU that torch can use")
+    index = torch.cuda.current_device()
+    device = core.module().devices()[index]
+    if device.capability < (9, 0):
+        return _Site(host, index, device.pci_bus_id, f"{device.name} is older than Hopper")
+    return _Site(host, index, device.pci_bus_id, None)
+
+
+def _links(sites: list[_Site], rank: int) -> list[str]:
+    """What keeps one rank from its peers' memory."""
+    own = sites[rank]
+    for peer, other in enumerate(sites):
+        if peer == rank:
+            continue
+        if other.host != own.host:
+            return [f"ranks {rank} and {peer} are on different hosts"]
+        if other.bus_id == own.bus_id:
+            return [f"ranks {rank} and {peer} share a GPU (use LocalRanks for that)"]
+        by_bus = {device.pci_bus_id: device.index for device in core.module().devices()}
+        if other.bus_id not in by_bus:
+            return [f"rank {rank} does not see the GPU of rank {peer}"]
+        link = core.module().peer_link(own.device, by_bus[other.bus_id])
+        if not link.access or not link.native_atomics:
+            return [f"no NVLink between ranks {rank} and {peer}"]
+    return []

@@ -1,0 +1,352 @@
+"""What the transports that write into peers' memory share: workspace, routing, reports, slabs.
+
+The kernels are in csrc/ep; docs/internals.md explains their protocols.
+
+Shapes: T tokens of this rank, H hidden, E experts, R ranks, G = E/R experts per rank, K top-k,
+N rows in token layout, M rows in expert layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext import core
+from dualpipe_ext.ep import kernel_calls, memory
+from dualpipe_ext.ep.device_arrays import address, current_stream, rows_on_16_bytes
+from dualpipe_ext.ep.fp8 import BLOCK, Quantized
+from dualpipe_ext.ep.handle import LAYOUTS
+from dualpipe_ext.ep.peer_handle import PeerHandle
+from dualpipe_ext.ep.slabs import SlabPool, SlabRows
+from dualpipe_ext.ep.transport import Capabilities, RouteOptions, Transport, TransportConfig
+from dualpipe_ext.errors import CommTimeoutError
+
+T = TypeVar("T")
+
+ROW_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+
+# Experts of one rank whose counts fit the shared memory of the route kernel.
+MAX_LOCAL_EXPERTS = 2048
+
+# Rows longer than this are moved in pieces (csrc/ep/tuning.h).
+MAX_PIECE_BYTES = 16384
+
+# Slab 0 takes what is copied or summed within the call.
+_TRANSIT_SLABS = 1
+
+# Which of a rank's two reports a route writes: the host waits for the second.
+_UNWATCHED, _WATCHED = 0, 1
+
+
+class PeerTransport(Transport):
+    """Base of the transports over peer memory."""
+
+    capabilities = Capabilities(
+        dtypes=ROW_DTYPES, syncs_host=False, zero_copy=True, local_ranks=True
+    )
+    # Slabs beyond those of zero-copy outputs.
+    transit_slabs = _TRANSIT_SLABS
+    # SMs of a kernel if the user names none.
+    default_num_sms = 24
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        c = core.module()
+        itemsize = config.dtype.itemsize
+        self.core = c
+        self._layout = c.WorkspaceLayout(
+            num_ranks=config.num_ranks,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            max_tokens=max(config.max_tokens, 1),
+            row_bytes=-(-config.hidden * itemsize // 16) * 16,
+            scale_bytes=config.hidden // BLOCK * 4 if config.hidden % BLOCK == 0 else 0,
+            weight_bytes=8 if config.dtype == torch.float64 else 4,
+            num_slabs=self.transit_slabs + config.num_slabs,
+        )
+        self._memory = memory.allocate(self._layout.bytes, config)
+        self.addresses = self._memory.addresses
+        self._table = c.PeerTable(self.addresses, bytes=self._layout.bytes)
+        # One launch acts for all virtual ranks and takes the first one's channel.
+        count = config.num_ranks if config.local is not None else 1
+        channel = c.ErrorChannel(count)
+        self._channel = channel if config.local is None else config.local.gather(channel)[0]
+        self._record = config.rank if config.local is not None else 0
+        self.comm = c.Comm(
+            self._table, self._layout, self._channel, timeout_ns=int(config.timeout_s * 1e9)
+        )
+        self._reports = c.RouteReports(2)
+        self._number_bytes = 8 if config.dtype == torch.float64 else 4
+        self._regions = self._layout.regions()
+        self._slabs = SlabPool(
+            self._memory.own,
+            self._regions,
+            slab_bytes=self._layout.slab_bytes,
+            scale_pitch=self._layout.scale_pitch,
+            slabs=range(self.transit_slabs, self.transit_slabs + config.num_slabs),
+        )
+        self.num_sms = config.num_sms or self.default_num_sms
+        self._last_stream: torch.cuda.Stream | None = None
+        self.delays_ns = (0, 0)
+        """Test hook: how long the next launches hold back their sending and receiving roles."""
+
+    @classmethod
+    def unavailable(cls, config: TransportConfig) -> str | None:
+        reason = memory.unavailable(config)
+        if reason is None and config.num_local_experts > MAX_LOCAL_EXPERTS:
+            reason = f"more than {MAX_LOCAL_EXPERTS} experts on a rank"
+        return reason
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._layout.bytes
+
+    # --- reports of the device ---------------------------------------------------------------
+
+    def check(self) -> None:
+        self.check_failure()
+        for report in (_UNWATCHED, _WATCHED):
+            self._raise_fault(report, None, None)
+
+    def check_failure(self) -> None:
+        """Raise if a wait has failed. Faults of routes are left for the next route to raise: at the
+        same call on every rank."""
+        core.raise_on_failure(self._channel.read(self._record), timeout_s=self.config.timeout_s)
+
+    def _raise_fault(
+        self, report: int, options: RouteOptions | None, topk_idx: Tensor | None
+    ) -> None:
+        fault = self._reports.take_fault(report)
+        if fault is None:
+            return
+        rank = fault["rank"]
+        if fault["fault"] == "bad_ids":
+            limits = f"expected expert ids from -1 to {self.config.num_experts - 1} in topk_idx"
+            if rank != self.config.rank or topk_idx is None:
+                raise ValueError(f"{limits}, got {fault['count']} others at rank {rank}")
+            bad = (topk_idx < -1) | (topk_idx >= self.config.num_experts)
+            token, choice = bad.nonzero()[0].tolist()
+            value = int(topk_idx[token, choice])
+            raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
+        if fault["fault"] == "overflow":
+            raise ValueError(
+                f"expected at most max_recv_tokens={fault['limit']} rows at rank {rank}, "
+                f"got {fault['count']}"
+            )
+        mine = "" if options is None else f", got {options.layout!r} and {options.alignment}"
+        raise ValueError(
+            f"expected the same layout and alignment on all ranks{mine} at rank "
+            f"{self.config.rank}, {LAYOUTS[fault['layout']]!r} and {fault['alignment']} at rank "
+            f"{rank}" + (" with zero_copy" if fault["zero_copy"] else "")
+        )
+
+    def reset(self) -> None:
+        # Nobody's kernels may still write when the flags are cleared, and nobody may start before
+        # all have been.
+        torch.cuda.synchronize()
+        memory.meet(self.config)
+        self._memory.own[: self._layout.control_bytes].zero_()
+        torch.cuda.synchronize()
+        if self._record == 0:
+            self._channel.clear()
+        for report in (_UNWATCHED, _WATCHED):
+            self._reports.take_fault(report)
+        memory.meet(self.config)
+
+    # --- launching ---------------------------------------------------------------------------
+
+    def together(self, item: T, act: Callable[[list[T]], None]) -> None:
+        """Launch for all virtual ranks at once; for a rank of its own, for it alone.
+
+        Args:
+            item: what the launch needs of this rank.
+            act: launches on the current stream, given the items by rank.
+        """
+        stream = self._ordered_stream()
+        local = self.config.local
+        if local is None:
+            act([item])
+            return
+
+        def act_for_all(brought: list[tuple[T, torch.cuda.Stream]]) -> None:
+            # With async_op every rank has a side stream of its own.
+            first = brought[0][1]
+            others = {other for _, other in brought} - {first}
+            with torch.cuda.stream(first):
+                for other in others:
+                    first.wait_stream(other)
+                act([one for one, _ in brought])
+                for other in others:
+                    other.wait_stream(first)
+
+        local.together((item, stream), act_for_all)
+
+    def _ordered_stream(self) -> torch.cuda.Stream:
+        """The current stream, after everything that this transport has put on another one.
+
+        Calls follow each other on the device in the order in which they are made: the flags of one
+        could be taken for those of another. A capture cannot wait for what came before it.
+        """
+        current = torch.cuda.current_stream()
+        last, self._last_stream = self._last_stream, current
+        if last is not None and last != current and not torch.cuda.is_current_stream_capturing():
+            current.wait_stream(last)
+        return current
+
+    def check_device(self, name: str, tensor: Tensor) -> None:
+        """Kernels read tensors where they are: on this rank's GPU."""
+        if tensor.device != self._memory.own.device:
+            raise ValueError(f"expected {name} on {self._memory.own.device}, got {tensor.device}")
+
+    def check_row_bytes(self, dtype: torch.dtype) -> None:
+        """Refuse rows that are wider than the communication memory was sized for."""
+        if dtype.itemsize > self.config.dtype.itemsize:
+            raise ValueError(
+                f"expected rows of at most {self.config.dtype.itemsize} bytes a value, as the "
+                f"Buffer's dtype {self.config.dtype} has, got {dtype}"
+            )
+
+    def check_number_bytes(self, name: str, numbers: Tensor | None) -> None:
+        """Numbers of single choices travel in their own dtype; float64 only beside float64 rows."""
+        if numbers is not None and numbers.element_size() > self._number_bytes:
+            raise ValueError(
+                f"expected {name} of {self._number_bytes} bytes a value with a Buffer of "
+                f"{self.config.dtype}, got {numbers.dtype}"
+            )
+
+    def dispatch_input(
+        self, x: Tensor | Quantized, weights: Tensor | None, fp8: bool, pow2_scales: bool
+    ) -> kernel_calls.DispatchInput:
+        """Check what a dispatch is given, and bring it into a form that kernels can read."""
+        self.check_failure()
+        self.check_device("x", x.values if isinstance(x, Quantized) else x)
+        source = kernel_calls.dispatch_input(x, weights, fp8, pow2_scales)
+        self.check_row_bytes(source.out_dtype)
+        self.check_number_bytes("topk_weights", weights)
+        return source
+
+    def combine_input(
+        self,
+        rows: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        row_weights: Tensor | None,
+    ) -> kernel_calls.CombineInput:
+        """The same for a combine."""
+        self.check_failure()
+        self.check_device("rows", rows)
+        self.check_row_bytes(rows.dtype)
+        self.check_number_bytes("row_weights", row_weights)
+        return kernel_calls.combine_input(rows, weights, bias, row_weights)
+
+    # --- routing -----------------------------------------------------------------------------
+
+    def route(self, topk_idx: Tensor, options: RouteOptions) -> PeerHandle:
+        self.check()
+        self.check_device("topk_idx", topk_idx)
+        topk_idx = rows_on_16_bytes(topk_idx)
+        watched = options.max_recv_tokens is None
+        arrays = self._route_arrays(topk_idx.shape[0], options)
+        report = _WATCHED if watched else _UNWATCHED
+        self._launch_route(topk_idx, options, arrays, report)
+        expert = options.layout == "expert"
+        num_rows, sent = options.max_recv_tokens, None
+        if watched:
+            self._wait_for_report()
+            self._raise_fault(_WATCHED, options, topk_idx)
+            num_rows = self._reports.num_rows(_WATCHED)
+            sent = self._reports.matrix(_WATCHED, self.config.num_ranks)
+        topk_local = arrays.pop("topk_local")
+        return PeerHandle(
+            owner=self,
+            layout=options.layout,
+            alignment=options.alignment,
+            zero_copy=options.zero_copy,
+            num_tokens=topk_idx.shape[0],
+            num_rows=num_rows,
+            topk_idx=None if expert else topk_local[:num_rows],
+            sent=sent,
+            **arrays,
+        )
+
+    def _route_arrays(self, num_tokens: int, options: RouteOptions) -> dict[str, Tensor | None]:
+        """Uninitialised memory for what the route kernel finds out."""
+        config, layout = self.config, self._layout
+        ranks, top_k = config.num_ranks, config.top_k
+        padded = -(-num_tokens // self.core.RUN_TOKENS) * self.core.RUN_TOKENS
+        most_rows = ranks * config.max_tokens
+        if options.max_recv_tokens is not None:
+            most_rows = options.max_recv_tokens
+        expert = options.layout == "expert"
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        local = config.num_local_experts
+        places = -(-top_k // 4) * 4
+        return {
+            "slots": empty(padded, ranks),
+            "ids": empty(num_tokens, layout.id_pitch, dtype=torch.int16),
+            "matrix": empty(ranks + 1, ranks),
+            "run_starts": empty(ranks, layout.max_runs + 1),
+            "counts": empty(local, dtype=torch.int64),
+            "offsets": empty(local) if expert else None,
+            "positions": empty(ranks * config.max_tokens, places) if expert else None,
+            "topk_local": None if expert else empty(most_rows, top_k, dtype=torch.int64),
+        }
+
+    def _launch_route(
+        self,
+        topk_idx: Tensor,
+        options: RouteOptions,
+        arrays: dict[str, Tensor | None],
+        report: int,
+    ) -> None:
+        topk_local = arrays["topk_local"]
+        # How many rows the expert layout will have is not known yet; none is left out.
+        room = 2**31 - 1 if topk_local is None else topk_local.shape[0]
+        bound = options.max_recv_tokens
+        if report == _WATCHED:
+            self._reports.expect(_WATCHED)
+        call = self.core.RouteCall(
+            rank=self.config.rank,
+            num_tokens=topk_idx.shape[0],
+            expert_layout=options.layout == "expert",
+            alignment=options.alignment,
+            max_rows=-1 if bound is None else bound,
+            zero_copy=options.zero_copy,
+            delay_ns=self.delays_ns[0],
+            topk_idx=topk_idx.data_ptr(),
+            num_rows=room if bound is None else bound,
+            reports=self._reports,
+            report=report,
+            **{name: address(array) for name, array in arrays.items()},
+        )
+        self.together(
+            call,
+            lambda calls: self.core.route(
+                self.comm, calls, ctas=self.num_sms, stream=current_stream()
+            ),
+        )
+
+    def _wait_for_report(self) -> None:
+        # The kernel gives up by itself; the margin is for a GPU that was busy before.
+        limit_s = 2 * self.config.timeout_s + 10
+        if self._reports.wait(_WATCHED, self._channel, self._record, int(limit_s * 1e9)):
+            return
+        core.raise_on_failure(self._channel.read(self._record), timeout_s=self.config.timeout_s)
+        raise CommTimeoutError(
+            f"rank {self.config.rank}, dispatch (counts): expected the device to answer within "
+            f"{limit_s:g} s"
+        )
+
+    # --- rows that stay in the communication buffer --------------------------------------------
+
+    def take_slab(self, num_rows: int, dtype: torch.dtype) -> SlabRows | None:
+        """Rows of a free slab, if there is one; it is free again when they are gone."""
+        if num_rows > self.config.num_ranks * self.config.max_tokens:
+            return None
+        return self._slabs.take(num_rows, self.config.hidden * dtype.itemsize)

@@ -1,0 +1,64 @@
+"""The protocol of a measurement, on a rank of its own."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import torch
+
+from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.timing import interleaved, measure
+
+
+class Alone(Ranks):
+    """One rank; ``others`` is what a second one would have measured."""
+
+    rank, num_ranks, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, others: list[float] | None = None) -> None:
+        self.others = others
+        self.log: list[str] = []
+
+    def gather(self, tensor):
+        return [tensor]
+
+    def gather_object(self, item):
+        return [item] if self.others is None else [item, self.others]
+
+    def barrier(self):
+        self.log.append("barrier")
+
+
+def test_microseconds_per_call() -> None:
+    us = measure(lambda: time.sleep(0.002), 5, Alone())
+    assert 2000 <= us < 20000
+
+
+def test_rounds_are_interleaved_and_calls_follow_each_other() -> None:
+    ranks = Alone()
+    calls = {name: (lambda name=name: ranks.log.append(name)) for name in ("a", "b")}
+    found = interleaved(calls, ranks, rounds=2, num_calls=3)
+    assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
+    one_round = ["barrier", *"aaa", "barrier", *"bbb"]
+    assert ranks.log == [*"aaa", *"bbb", *one_round, *one_round]
+
+
+def test_the_slowest_rank_counts() -> None:
+    found = interleaved({"a": lambda: None}, Alone([7e9, 0.0]), rounds=2, num_calls=1)
+    assert found["a"][0] == 7e9
+    assert 0 < found["a"][1] < 7e9
+
+
+def test_the_garbage_collector_is_off_during_rounds_only() -> None:
+    seen = []
+    interleaved({"a": lambda: seen.append(gc.isenabled())}, Alone(), rounds=1, num_calls=2)
+    assert seen[-2:] == [False, False]
+    assert gc.isenabled()
+
+
+def test_the_first_problem_of_any_rank_is_everyones() -> None:
+    assert Alone().problem(None) is None
+    assert Alone().problem(ValueError("too\n many")) == "rank 0: too many"
+    assert Alone().problem(RuntimeError("x")) == "rank 0: RuntimeError: x"
+    assert Alone(others="late").problem(None) == "rank 1: late"

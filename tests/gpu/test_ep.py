@@ -1,0 +1,173 @@
+"""The EP transports on one GPU, on virtual ranks: what no other machine can show.
+
+Graphs, time-outs, thousands of calls and large sizes; the semantics are in tests/ep.
+
+Shapes: R ranks, T tokens of a rank, H hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from dualpipe_ext.ep import quantize
+from dualpipe_ext.ep.local_ranks import LocalRanks
+from tests.ep import fault_checks, graph_checks, rank_checks, stress_checks
+from tests.ep.cases import Case, make_case
+from tests.ep.expected import Routes, rank_sum, rows_at
+from tests.ep.ranks import COPY_ENGINE_VIRTUAL, NVLINK_VIRTUAL, Environment, Ranks
+
+both = pytest.mark.parametrize(
+    "environment", [NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL], ids=["nvlink", "copy_engine"]
+)
+GIB = 2**30
+
+
+def test_virtual_ranks_take_the_callers_stream() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        seen = LocalRanks(3).run(lambda _: torch.cuda.current_stream())
+    assert seen == [stream] * 3
+
+
+@both
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_graphs(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks, graph_checks.graph_equals_eager, graph_checks.graph_of_a_cached_handle
+    )
+
+
+@both
+def test_a_slow_sender_is_named_and_a_reset_helps(environment: Environment) -> None:
+    environment.run(4, fault_checks.slow_sender_then_reset)
+
+
+@both
+def test_a_stall_within_the_time_out_is_no_error(environment: Environment) -> None:
+    environment.run(3, fault_checks.stalled_rank)
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_ranks"),
+    [(NVLINK_VIRTUAL, 4), (COPY_ENGINE_VIRTUAL, 2)],
+    ids=["nvlink", "copy_engine"],
+)
+def test_10_000_calls(environment: Environment, num_ranks: int) -> None:
+    environment.run(num_ranks, stress_checks.thousands_of_calls, timeout_s=200)
+
+
+def few_and_many_sms(ranks: Ranks) -> None:
+    case = make_case("uneven", ranks.num_ranks, hidden=64, tokens=60)
+    for num_sms in (4, 13, 64):
+        buffer = ranks.make_buffer(case, num_sms=num_sms)
+        for how in rank_checks.LAYOUTS:
+            rank_checks.round_trip_equals_reference(
+                ranks, buffer, case, how, f"{num_sms} SMs {how}"
+            )
+
+
+def test_few_and_many_sms() -> None:
+    NVLINK_VIRTUAL.run(2, few_and_many_sms)
+
+
+# --- large sizes ---------------------------------------------------------------------------------
+
+
+def _draw(ranks: Ranks, num_tokens: int, hidden: int, num_experts: int, top_k: int) -> list:
+    """Small integers and distinct experts on the device: all ranks' x, topk_idx and weights."""
+    gen = torch.Generator(device=ranks.device).manual_seed(11)
+    drawn = []
+    for _ in range(ranks.num_ranks):
+        x = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=ranks.device)
+        x.random_(-3, 4, generator=gen)
+        scores = torch.rand((num_tokens, num_experts), generator=gen, device=ranks.device)
+        idx = scores.topk(top_k).indices
+        weights = torch.randint(1, 3, idx.shape, generator=gen, device=ranks.device).float()
+        drawn.append((x, idx, weights))
+    return drawn
+
+
+def size_of_a_model(ranks: Ranks) -> None:
+    """4096 tokens of 7168, 256 experts, top-8: as a DeepSeek-V3 layer has them, FP8 too."""
+    num_tokens, hidden, num_experts, top_k = 4096, 7168, 256, 8
+    drawn = ranks.once(lambda: _draw(ranks, num_tokens, hidden, num_experts, top_k))
+    case = Case(num_experts, *(list(by_rank) for by_rank in zip(*drawn, strict=True)))
+    routes = Routes(
+        num_experts, torch.stack(case.topk_idx)[None], torch.stack(case.topk_weights)[None]
+    )
+    buffer = ranks.make_buffer(case, max_tokens=num_tokens)
+    x, idx, weights = drawn[ranks.rank]
+    rows_of_all = torch.cat([*case.xs, torch.zeros_like(x[:1])])
+    quantized = quantize(rows_of_all)
+    room = {"token": ranks.num_ranks * num_tokens, "expert": 2 * num_tokens * top_k}
+    for layout, alignment in (("token", 1), ("expert", 128)):
+        want = rows_at(routes, ranks.rank, layout, alignment, room[layout] + 128 * num_experts)
+        num_rows = int(want.num_rows)
+        source = want.source[0, :num_rows]
+        for fp8 in (False, True):
+            recv, handle = buffer.dispatch(
+                x, idx, weights, layout=layout, alignment=alignment, fp8=fp8
+            )
+            what = f"{layout} fp8={fp8}"
+            assert len(recv.tokens) == num_rows, what
+            if fp8:
+                # The row past the last token is zero; an empty row's scales are zero, too.
+                filled = (source >= 0).unsqueeze(1)
+                values = quantized.values.view(torch.uint8)[source]
+                assert torch.equal(recv.tokens.view(torch.uint8), values * filled), what
+                assert torch.equal(recv.scales, quantized.scales[source] * filled), what
+                continue
+            assert torch.equal(recv.tokens, rows_of_all[source]), what
+            weighted = recv.weights if layout == "expert" else None
+            y, _ = buffer.combine(recv.tokens * (ranks.rank + 1), handle, weights=weighted)
+            factors = rank_sum(routes, ranks.rank, layout)[0].unsqueeze(1)
+            # Integers that bfloat16 holds until the last rounding.
+            assert torch.equal(y, (x.float() * factors).bfloat16()), f"{what} combine"
+
+
+@both
+def test_size_of_a_model(environment: Environment) -> None:
+    environment.run(2, size_of_a_model)
+
+
+def more_than_2_to_31_elements(ranks: Ranks) -> None:
+    """Everything goes to rank 0, whose rows are then more than 2^31 numbers."""
+    num_tokens, hidden = 66_000, 16_384
+    assert ranks.num_ranks * num_tokens * hidden > 2**31
+    x = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=ranks.device)
+    x.random_(-3, 4, generator=torch.Generator(device=ranks.device).manual_seed(ranks.rank))
+    idx = torch.zeros((num_tokens, 1), dtype=torch.int64, device=ranks.device)
+    case = Case(ranks.num_ranks, [x], [idx], [])
+    buffer = ranks.make_buffer(case, max_tokens=num_tokens)
+    # Sums of small integers are exact; beside them some columns.
+    sums, columns = x.sum(1, dtype=torch.float32), x[:, ::1021].clone()
+    all_sums, all_columns = ranks.gather(sums), ranks.gather(columns)
+    for layout in ("token", "expert"):
+        recv, handle = buffer.dispatch(x, idx, layout=layout)
+        rows = recv.tokens.detach()
+        del recv
+        if ranks.rank == 0:
+            assert rows.numel() > 2**31
+            assert torch.equal(rows.sum(1, dtype=torch.float32), torch.cat(all_sums)), layout
+            assert torch.equal(rows[:, ::1021], torch.cat(all_columns)), layout
+        else:
+            assert rows.shape == (0, hidden), layout
+        y, _ = buffer.combine(rows, handle)
+        assert torch.equal(y, x), f"{layout} combine"
+        del rows, y, handle
+
+
+@both
+def test_more_than_2_to_31_elements(environment: Environment) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < 50 * GIB:
+        pytest.skip(f"needs 50 GiB of free GPU memory, found {free / GIB:.0f}")
+    try:
+        environment.run(2, more_than_2_to_31_elements)
+    finally:
+        torch.cuda.empty_cache()
