@@ -175,7 +175,7 @@ void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas,
   check_cuda(launch_route(args, as_stream(stream)), "route");
 }
 
-void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const std::string& half,
+void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const std::string& part,
               const std::string& payload, uint32_t in_bytes, uint32_t out_bytes,
               uint32_t num_scales, uint32_t weight_bytes, const Tuning& tuning,
               uint32_t staging_slab, uint32_t ctas, Address stream) {
@@ -187,16 +187,18 @@ void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const st
   args.weight_bytes = weight_bytes;
   args.tuning = tuning;
   const cudaStream_t on = as_stream(stream);
-  if (half == "pack") {
+  if (part == "pack") {
     check_cuda(launch_dispatch_pack(args, staging_slab, on), "dispatch (pack)");
-  } else if (half == "unpack") {
+  } else if (part == "own") {
+    check_cuda(launch_dispatch_own(args, on), "dispatch (own rows)");
+  } else if (part == "unpack") {
     check_cuda(launch_dispatch_unpack(args, on), "dispatch (unpack)");
   } else {
     check_cuda(launch_dispatch(args, on), "dispatch");
   }
 }
 
-void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std::string& half,
+void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std::string& part,
              const std::string& row_type, bool expert_layout, bool weighted, uint32_t row_bytes,
              uint32_t weight_bytes, const Tuning& tuning, uint32_t staging_slab, uint32_t ctas,
              Address stream) {
@@ -208,9 +210,9 @@ void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std:
   args.weight_bytes = weight_bytes;
   args.tuning = tuning;
   const cudaStream_t on = as_stream(stream);
-  if (half == "pack") {
+  if (part == "pack") {
     check_cuda(launch_combine_pack(args, staging_slab, on), "combine (pack)");
-  } else if (half == "reduce") {
+  } else if (part == "reduce") {
     check_cuda(launch_combine_reduce(args, on), "combine (reduce)");
   } else {
     check_cuda(launch_combine(args, on), "combine");
@@ -300,9 +302,11 @@ void bind_ep(py::module_& m) {
                                   py::arg("channel"), py::arg("timeout_ns"),
                                   py::keep_alive<1, 4>());
   py::class_<Tuning>(m, "Tuning")
-      .def(py::init<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>(),
-           py::arg("send_warps"), py::arg("send_stages"), py::arg("receive_warps"),
-           py::arg("receive_stages"), py::arg("receive_piece"), py::arg("send_piece"));
+      .def(py::init<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
+                    uint32_t>(),
+           py::kw_only(), py::arg("send_ctas"), py::arg("send_warps"), py::arg("send_stages"),
+           py::arg("own_warps"), py::arg("own_stages"), py::arg("receive_warps"),
+           py::arg("receive_stages"), py::arg("send_piece"), py::arg("receive_piece"));
   py::class_<RouteCall>(m, "RouteCall")
       .def(py::init(&route_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
            py::arg("expert_layout"), py::arg("alignment"), py::arg("max_rows"),
@@ -331,11 +335,11 @@ void bind_ep(py::module_& m) {
            py::kw_only(), py::arg("rank"), py::arg("matrix"));
   m.def("route", &route, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("ctas"),
         py::arg("stream"));
-  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("half"),
+  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
         py::arg("payload"), py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"),
         py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
         py::arg("stream"));
-  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("half"),
+  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
         py::arg("row_type"), py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
         py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
         py::arg("stream"));

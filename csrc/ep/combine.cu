@@ -1,9 +1,8 @@
 // Combine: a token's rows come back to its rank and are summed, in a fixed order.
 //
-//      CTA (one of num_sms)                            CTA of the token's rank
-//   send warps    token layout:  row -> stage ----->  slab
-//                 expert layout: sum of rows ------>  slab
-//   reduce warps                                       slab + own rows [+ bias] -> y
+//   sending CTA    send warps    token layout:  row -> stage ------>  slab of the token's rank
+//                                expert layout: sum of rows ------->
+//   local CTA      sum warps     slab + own rows [+ bias] -> y
 //
 // The rows of one source rank are consecutive in token layout and stay so in its slab: segment s of
 // the slab holds, in order, what rank s sends. Each CTA has both kinds of warps: sending is bound
@@ -25,94 +24,53 @@ namespace {
 // Threads of a CTA, at most; what the registers of the sums leave room for.
 constexpr uint32_t kCombineThreads = 512;
 
-// How a CTA's shared memory is cut, the same on host and device.
+// How a CTA's shared memory is cut, the same on host and device: stages of the send warps, their
+// barriers, then every warp's list of sources.
 struct SharedLayout {
-  StageLayout send_stage, sum_stage;
-  uint32_t send_piece;               // bytes
-  uint32_t send_stages, sum_stages;  // of all warps
-  uint32_t sources;                  // bytes of a warp's list
+  StageLayout stage;
+  uint32_t piece;    // bytes
+  uint32_t stages;   // of all warps
+  uint32_t sources;  // bytes of a warp's list
 
   __host__ __device__ explicit SharedLayout(const CombineArgs& args) {
     const auto& shape = args.launch.layout.shape;
-    const StageLayout sum{kSumPiece, sizeof(SumHeader)};
-    send_piece = args.row_bytes < args.tuning.send_piece ? args.row_bytes : args.tuning.send_piece;
-    send_stage = args.expert_layout != 0
-                     ? sum
-                     : StageLayout{send_piece, round_up(shape.top_k * args.weight_bytes, 16)};
-    sum_stage = sum;
-    send_stages = args.tuning.send_warps * args.tuning.send_stages;
-    sum_stages = args.tuning.receive_warps * args.tuning.receive_stages;
+    piece = args.row_bytes < args.tuning.send_piece ? args.row_bytes : args.tuning.send_piece;
+    stage = {piece, round_up(shape.top_k * args.weight_bytes, 16)};
+    stages = args.tuning.send_warps * args.tuning.send_stages;
     sources = static_cast<uint32_t>((shape.num_ranks + shape.top_k) * sizeof(SumSource<F64Row>));
   }
 
-  __host__ __device__ uint32_t sum_offset() const { return send_stages * send_stage.bytes(); }
-  __host__ __device__ uint32_t full_offset() const {
-    return sum_offset() + sum_stages * sum_stage.bytes();
-  }
+  __host__ __device__ uint32_t full_offset() const { return stages * stage.bytes(); }
   __host__ __device__ uint32_t sources_offset() const {
-    return full_offset() + 8 * (send_stages + sum_stages);
+    return full_offset() + 8 * round_up(stages, 2);
   }
   __host__ __device__ uint32_t first_rows_offset(const CombineArgs& args) const {
-    return sources_offset() + (args.tuning.send_warps + args.tuning.receive_warps) * sources;
+    return sources_offset() + args.tuning.threads() / 32 * sources;
   }
   __host__ __device__ uint32_t bytes(const CombineArgs& args) const {
     return first_rows_offset(args) + 4 * static_cast<uint32_t>(args.launch.layout.shape.num_ranks);
   }
 };
 
-// What the warps of a CTA share, and this warp's part of it.
-struct Shared {
-  const SharedLayout& layout;
-  uint8_t* memory;
-  uint32_t warp;  // of the CTA
-
-  // `index`-th stages of the ring, of those of `stage`'s kind that start at `offset`.
-  __device__ Ring ring(const StageLayout& stage, uint32_t offset, uint32_t index, uint32_t full,
-                       uint32_t stages) const {
-    return Ring(memory + offset + index * stage.bytes(),
-                reinterpret_cast<uint64_t*>(memory + layout.full_offset()) + full + index, stage,
-                stages);
-  }
-  template <class Row>
-  __device__ SumSource<Row>* sources() const {
-    return reinterpret_cast<SumSource<Row>*>(memory + layout.sources_offset() +
-                                             warp * layout.sources);
-  }
-};
-
 template <class Row, bool kExpert, bool kWeighted, bool kStaging>
-__device__ void send_role(const Combine& c, const Shared& shared, uint32_t cta,
+__device__ void send_role(const Combine& c, const SharedLayout& shared, uint8_t* memory,
+                          SumSource<Row>* sources, uint32_t warp, uint32_t cta,
                           uint32_t staging_slab) {
   const Tuning& tuning = c.args.tuning;
-  const uint32_t first = shared.warp * c.launch().ctas + cta;
-  const uint32_t step = tuning.send_warps * c.launch().ctas;
+  const uint32_t first = warp * tuning.send_ctas + cta;
+  const uint32_t step = tuning.send_warps * tuning.send_ctas;
   delay(c.call.send_delay_ns);
-  Ring ring = shared.ring(shared.layout.send_stage, 0, shared.warp * tuning.send_stages, 0,
-                          tuning.send_stages);
-  ring.init();
   if constexpr (kExpert) {
-    ExpertSums<Row, kStaging> sums(c, first, step, staging_slab);
-    SumWork<Row, kWeighted, false, ExpertSums<Row, kStaging>> work(c, sums, shared.sources<Row>());
-    pump(ring, work);
+    send_sums<Row, kWeighted, kStaging>(c, first, step, staging_slab, sources);
   } else {
-    CopyChunks<kStaging> work(c, shared.layout.send_piece, first, step, staging_slab);
+    const uint32_t stage = warp * tuning.send_stages;
+    Ring ring(memory + stage * shared.stage.bytes(),
+              reinterpret_cast<uint64_t*>(memory + shared.full_offset()) + stage, shared.stage,
+              tuning.send_stages);
+    ring.init();
+    CopyChunks<kStaging> work(c, shared.piece, first, step, staging_slab);
     pump(ring, work);
   }
-}
-
-template <class Row, bool kExpert, bool kWeighted, bool kStaging>
-__device__ void reduce_role(const Combine& c, const Shared& shared, uint32_t cta) {
-  const Tuning& tuning = c.args.tuning;
-  const uint32_t warp = shared.warp - tuning.send_warps;
-  delay(c.call.receive_delay_ns);
-  Ring ring =
-      shared.ring(shared.layout.sum_stage, shared.layout.sum_offset(), warp * tuning.receive_stages,
-                  shared.layout.send_stages, tuning.receive_stages);
-  ring.init();
-  using Sums = TokenSums<Row, kExpert, kStaging>;
-  Sums sums(c, warp * c.launch().ctas + cta, tuning.receive_warps * c.launch().ctas);
-  SumWork<Row, kWeighted, kExpert, Sums> work(c, sums, shared.sources<Row>());
-  pump(ring, work);
 }
 
 // Gives every peer leave to write into slab 0 of this rank. One warp.
@@ -125,10 +83,10 @@ __device__ void send_permits(const Combine& c) {
   }
 }
 
-// Which halves of a combine a kernel does.
-enum class Half { kBoth, kPack, kReduce };
+// Which part of a combine a kernel does: all, the way into the staging slab, or the sums.
+enum class Part { kAll, kPack, kReduce };
 
-template <class Row, bool kExpert, bool kWeighted, Half kHalf>
+template <class Row, bool kExpert, bool kWeighted, Part kPart>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     combine_kernel(const __grid_constant__ CombineArgs args, uint32_t staging_slab) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -139,70 +97,78 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   const SharedLayout shared(args);
   int32_t* first_rows = reinterpret_cast<int32_t*>(memory + shared.first_rows_offset(args));
   const Combine c{args, call, watchdog, watchdog.state->transfer_epoch + 1, first_rows};
-  const uint32_t warp = threadIdx.x / 32;
-  constexpr bool kStaging = kHalf != Half::kBoth;
+  const Tuning& t = args.tuning;
+  const uint32_t warp = threadIdx.x / 32, cta = place.cta;
+  constexpr bool kStaging = kPart != Part::kAll;
 
-  if (kHalf != Half::kReduce && place.cta == 0 && warp + 1 == blockDim.x / 32) send_permits(c);
+  if (kPart != Part::kReduce && cta == 0 && warp + 1 == blockDim.x / 32) send_permits(c);
   for (uint32_t r = threadIdx.x; r < c.num_ranks(); r += blockDim.x) {
     first_rows[r] = c.first_row(c.me(), r);
   }
   __syncthreads();
-  const Shared mine{shared, memory, warp};
-  if (kHalf != Half::kReduce && warp < args.tuning.send_warps) {
-    send_role<Row, kExpert, kWeighted, kStaging>(c, mine, place.cta, staging_slab);
-  } else if (kHalf != Half::kPack && warp >= args.tuning.send_warps) {
-    reduce_role<Row, kExpert, kWeighted, kStaging>(c, mine, place.cta);
+  auto* sources =
+      reinterpret_cast<SumSource<Row>*>(memory + shared.sources_offset() + warp * shared.sources);
+  if (cta < t.send_ctas) {
+    if (kPart != Part::kReduce && warp < t.send_warps) {
+      send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
+                                                   staging_slab);
+    }
+  } else if (kPart != Part::kPack && warp < t.receive_warps) {
+    delay(call.receive_delay_ns);
+    const uint32_t ctas = args.launch.ctas - t.send_ctas;
+    TokenSums<Row, kExpert, kWeighted, kStaging> sums(c, sources);
+    sums.run(warp * ctas + cta - t.send_ctas, t.receive_warps * ctas);
   }
-  if (kHalf == Half::kPack) {
+  if (kPart == Part::kPack) {
     // The copies that follow on the stream write into the peers' slabs.
-    if (place.cta == 0 && warp == 0) ChunkSender<false>(c, staging_slab).open();
-    if (place.cta == 0 && threadIdx.x == 0) watchdog.state->copy_epoch = c.epoch;
+    if (cta == 0 && warp == 0) ChunkSender<false>(c, staging_slab).open();
+    if (cta == 0 && threadIdx.x == 0) watchdog.state->copy_epoch = c.epoch;
     return;
   }
   finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);
 }
 
-template <class Row, Half kHalf>
+template <class Row, Part kPart>
 cudaError_t launch(const CombineArgs& args, uint32_t staging_slab, cudaStream_t stream) {
-  const auto kernel = args.expert_layout == 0 ? combine_kernel<Row, false, false, kHalf>
-                      : args.weighted == 0    ? combine_kernel<Row, true, false, kHalf>
-                                              : combine_kernel<Row, true, true, kHalf>;
+  const auto kernel = args.expert_layout == 0 ? combine_kernel<Row, false, false, kPart>
+                      : args.weighted == 0    ? combine_kernel<Row, true, false, kPart>
+                                              : combine_kernel<Row, true, true, kPart>;
   const int bytes = static_cast<int>(SharedLayout(args).bytes(args));
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  const uint32_t threads = 32 * (args.tuning.send_warps + args.tuning.receive_warps);
-  kernel<<<args.launch.num_local * args.launch.ctas, threads, bytes, stream>>>(args, staging_slab);
+  kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), bytes, stream>>>(
+      args, staging_slab);
   return cudaGetLastError();
 }
 
-template <Half kHalf>
+template <Part kPart>
 cudaError_t launch_for_type(const CombineArgs& args, uint32_t staging_slab, cudaStream_t stream) {
   switch (args.type) {
     case RowType::kF16:
-      return launch<F16Row, kHalf>(args, staging_slab, stream);
+      return launch<F16Row, kPart>(args, staging_slab, stream);
     case RowType::kF32:
-      return launch<F32Row, kHalf>(args, staging_slab, stream);
+      return launch<F32Row, kPart>(args, staging_slab, stream);
     case RowType::kF64:
-      return launch<F64Row, kHalf>(args, staging_slab, stream);
+      return launch<F64Row, kPart>(args, staging_slab, stream);
     default:
-      return launch<Bf16Row, kHalf>(args, staging_slab, stream);
+      return launch<Bf16Row, kPart>(args, staging_slab, stream);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
-  return launch_for_type<Half::kBoth>(args, 0, stream);
+  return launch_for_type<Part::kAll>(args, 0, stream);
 }
 
 cudaError_t launch_combine_pack(const CombineArgs& args, uint32_t staging_slab,
                                 cudaStream_t stream) {
-  return launch_for_type<Half::kPack>(args, staging_slab, stream);
+  return launch_for_type<Part::kPack>(args, staging_slab, stream);
 }
 
 cudaError_t launch_combine_reduce(const CombineArgs& args, cudaStream_t stream) {
-  return launch_for_type<Half::kReduce>(args, 0, stream);
+  return launch_for_type<Part::kReduce>(args, 0, stream);
 }
 
 }  // namespace dualpipe

@@ -267,254 +267,231 @@ class CopyChunks {
 
 // --- summing -------------------------------------------------------------------------------------
 
-// Units of 16 bytes of a row that a lane sums at once, and the piece of a row that a warp does.
-inline constexpr uint32_t kSumUnits = 4;
-inline constexpr uint32_t kSumPiece = 32 * 16 * kSumUnits;
-
-// What a step of a sum does besides adding its piece; several at once.
-enum SumFlags : uint32_t {
-  kFirst = 1,      // a new total
-  kPart = 2,       // the piece belongs to the part of this rank
-  kFirstPart = 4,  // a new part
-  kEndPart = 8,    // the part is complete: rounded, it joins the total
-  kLast = 16,      // the total is complete
-  kRowEnds = 32,   // with this piece the row is complete
-  kChunkEnds = 64  // and with this row the chunk
-};
-
-// What the loading side of a sum tells its storing side, at the end of a stage.
-struct SumHeader {
-  uint8_t* out;  // row that gets the total
-  double factor;
-  uint32_t flags;
-  uint32_t offset;  // of the piece
-  uint32_t item;    // token, or row of its segment
-  uint32_t source;  // rank of the segment
-};
-
 // A row to be summed.
 template <class Row>
 struct SumSource {
   const uint8_t* row;
   typename Row::Sum factor;
-  uint32_t flags;
 };
 
-// The expert rows of one row in token layout: lane k holds choice k. Appends those that are here,
-// in top-k order, to `sources`; returns the new count.
+// How many units of 16 bytes of how many rows a lane loads at once: enough to be in flight to hide
+// the way to memory, few enough for the registers.
+template <bool kExpert>
+struct SumShape {
+  static constexpr uint32_t kUnits = kExpert ? 2 : 4;
+  static constexpr uint32_t kRows = kExpert ? 4 : 2;
+};
+
+// Adds the rows of sources [first, last), in this order, to `total`: units `unit`, `unit + 32`, ...
+template <class Row, bool kWeighted, uint32_t kUnits, uint32_t kRows>
+__device__ __forceinline__ void add_rows(const SumSource<Row>* sources, uint32_t first,
+                                         uint32_t last, uint32_t unit, uint32_t units,
+                                         Numbers<Row> (&total)[kUnits]) {
+  for (uint32_t s = first; s < last; s += kRows) {
+    uint4 bits[kRows][kUnits];
+#pragma unroll
+    for (uint32_t i = 0; i < kRows; ++i) {
+      if (s + i >= last) continue;
+      const uint8_t* row = sources[s + i].row;
+#pragma unroll
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        if (unit + 32 * j < units) bits[i][j] = ptx::ld_once_v4(row + 16 * (unit + 32 * j));
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kRows; ++i) {
+      if (s + i >= last) continue;
+#pragma unroll
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        if constexpr (kWeighted) {
+          total[j].add_row(bits[i][j], sources[s + i].factor);
+        } else {
+          total[j].add_row(bits[i][j]);
+        }
+      }
+    }
+  }
+}
+
+// The expert rows of one row in token layout, in top-k order, appended to `sources`; returns the
+// new count. Lane k holds choice k.
 template <class Row>
 __device__ uint32_t append_expert_rows(const Combine& c, uint64_t row, SumSource<Row>* sources,
-                                       uint32_t count, uint32_t first_flags, uint32_t flags,
-                                       uint32_t last_flags) {
+                                       uint32_t count) {
   const uint32_t lane = threadIdx.x % 32;
   const int32_t place = lane < c.top_k() ? __ldg(c.call.positions + row * c.places() + lane) : -1;
   const uint32_t here = __ballot_sync(~0u, place >= 0);
   if (place >= 0) {
     const auto* weights = static_cast<const typename Row::Sum*>(c.call.weights);
-    const uint32_t before = __popc(here & lanes_below(lane));
-    const bool last = before + 1 == __popc(here);
-    sources[count + before] = {c.input_row(place), weights != nullptr ? __ldg(weights + place) : 1,
-                               flags | (before == 0 ? first_flags : 0) | (last ? last_flags : 0)};
+    sources[count + __popc(here & lanes_below(lane))] = {
+        c.input_row(place), weights != nullptr ? __ldg(weights + place) : 1};
   }
   return count + __popc(here);
 }
 
-// Sums rows piece by piece through a ring: one bulk load per source and piece, added in the order
-// of the list. A `Lister` offers, each called by the whole warp:
-//   Next next(sources, &count, &header)  the sources of the next row; kNotYet if they have not come
-//   bool wait()                          waits until next() may succeed; false at the end
-//   void store(header, unit, total)      16 bytes of a total
-//   void row_done(header)                after the last piece of a row
-enum class Next { kReady, kNotYet, kEnd };
-
-template <class Row, bool kWeighted, bool kParts, class Lister>
-class SumWork {
- public:
-  using Source = SumSource<Row>;
-
-  __device__ SumWork(const Combine& c, Lister& lister, Source* sources)
-      : c_(c), lister_(lister), sources_(sources) {}
-
-  __device__ __forceinline__ bool load(Ring& ring, uint32_t stage) {
-    if (next_source_ == num_sources_) {
-      if (offset_ == c_.args.row_bytes) {
-        if (lister_.next(sources_, &num_sources_, &header_) != Next::kReady) {
-          next_source_ = num_sources_;
-          return false;
+// Expert layout, sending: a row's expert rows are summed, rounded once, and go to the rank of the
+// token by ordinary stores.
+template <class Row, bool kWeighted, bool kStaging>
+__device__ void send_sums(const Combine& c, uint32_t first, uint32_t step, uint32_t staging_slab,
+                          SumSource<Row>* sources) {
+  constexpr uint32_t kUnits = SumShape<true>::kUnits;
+  const ChunkSender<kStaging> sender(c, staging_slab);
+  const uint32_t units = c.args.row_bytes / 16, lane = threadIdx.x % 32;
+  ChunkCursor at(c, first, step);
+  if (!sender.open()) return;
+  while (at.advance()) {
+    for (uint32_t i = at.first; i < at.last; ++i) {
+      __syncwarp();
+      const uint32_t count = append_expert_rows(c, at.input + i, sources, 0);
+      __syncwarp();
+      uint8_t* out = sender.row(at.source, i);
+      for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
+        const uint32_t unit = unit0 + lane;
+        Numbers<Row> total[kUnits];
+#pragma unroll
+        for (uint32_t j = 0; j < kUnits; ++j) total[j] = Numbers<Row>::zero();
+        add_rows<Row, kWeighted, kUnits, SumShape<true>::kRows>(sources, 0, count, unit, units,
+                                                                total);
+#pragma unroll
+        for (uint32_t j = 0; j < kUnits; ++j) {
+          if (unit + 32 * j < units) ptx::st_once_v4(out + 16 * (unit + 32 * j), total[j].bits());
         }
-        offset_ = 0;
       }
-      next_source_ = 0;
+      if (c.call.row_weights != nullptr && lane < c.top_k()) {
+        const int32_t place = __ldg(c.call.positions + (at.input + i) * c.places() + lane);
+        c.copy_weight(sender.weights(at.source, i), lane, place >= 0 ? c.call.row_weights : nullptr,
+                      place);
+      }
     }
-    const uint32_t bytes = min(kSumPiece, c_.args.row_bytes - offset_);
-    const bool last_source = next_source_ + 1 == num_sources_;
-    const bool row_ends = last_source && offset_ + bytes == c_.args.row_bytes;
-    if (threadIdx.x % 32 == 0) {
-      const Source source = sources_[next_source_];
-      SumHeader* header = reinterpret_cast<SumHeader*>(ring.extra(stage));
-      *header = header_;
-      header->offset = offset_;
-      header->factor = source.factor;
-      header->flags = source.flags | (next_source_ == 0 ? kFirst : 0) | (last_source ? kLast : 0) |
-                      (row_ends ? header_.flags | kRowEnds : 0);
-      ptx::mbarrier_arrive_expect_tx(ring.full(stage), bytes);
-      ptx::bulk_load(ring.piece(stage), source.row + offset_, bytes, ring.full(stage));
+    sender.publish(at.source, at.chunk);
+  }
+}
+
+// Sums the rows of this rank's tokens: what each rank sends, in rank order, then the bias.
+template <class Row, bool kExpert, bool kWeighted, bool kStaging>
+class TokenSums {
+ public:
+  __device__ TokenSums(const Combine& c, SumSource<Row>* sources)
+      : c_(c), sources_(sources), lane_(threadIdx.x % 32), slab_(c.slab(c.me(), 0)) {}
+
+  // Blocks `first`, `first + step`, ... of 4 consecutive tokens.
+  __device__ void run(uint32_t first, uint32_t step) {
+    constexpr uint32_t kBlock = 4;
+    for (uint32_t t0 = first * kBlock; t0 < c_.call.num_tokens; t0 += step * kBlock) {
+      const uint32_t end = min(t0 + kBlock, c_.call.num_tokens);
+      for (uint32_t t = t0; t < end; ++t) {
+        if (!token(t)) return;
+      }
     }
-    if (++next_source_ == num_sources_) offset_ += bytes;
+  }
+
+ private:
+  static constexpr uint32_t kUnits = SumShape<kExpert>::kUnits;
+  static constexpr uint32_t kRows = SumShape<kExpert>::kRows;
+
+  // A token's sources: those of lower ranks, this rank's own expert rows, those of higher ranks.
+  struct List {
+    uint32_t own, higher, end;  // where each kind starts
+  };
+
+  // False if the rank has failed.
+  __device__ bool token(uint32_t t) {
+    List list;
+    __syncwarp();  // the sources of the token before have been read
+    if (!gather(t, &list)) return false;
+    __syncwarp();
+    const uint32_t units = c_.args.row_bytes / 16;
+    const uint64_t row = uint64_t{t} * c_.args.row_bytes;
+    for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
+      const uint32_t unit = unit0 + lane_;
+      Numbers<Row> total[kUnits];
+#pragma unroll
+      for (uint32_t j = 0; j < kUnits; ++j) total[j] = Numbers<Row>::zero();
+      sum(list, unit, units, total);
+#pragma unroll
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        if (unit + 32 * j >= units) continue;
+        const uint64_t at = row + 16 * (unit + 32 * j);
+        if (c_.call.bias != nullptr) total[j].add_row(ptx::ld_nc_once_v4(c_.call.bias + at));
+        ptx::st_once_v4(c_.call.y + at, total[j].bits());
+      }
+    }
+    if (c_.call.row_weights != nullptr) take_weights(t);
     return true;
   }
 
-  __device__ __forceinline__ void store(Ring& ring, uint32_t stage) {
-    const SumHeader header = *reinterpret_cast<const SumHeader*>(ring.extra(stage));
-    const uint32_t lane = threadIdx.x % 32;
-    const uint32_t units = min(kSumPiece, c_.args.row_bytes - header.offset) / 16;
-    const auto* piece = reinterpret_cast<const uint4*>(ring.piece(stage));
-    const typename Row::Sum factor = static_cast<typename Row::Sum>(header.factor);
-    const bool to_part = kParts && (header.flags & kPart) != 0;
+  __device__ __forceinline__ void sum(const List& list, uint32_t unit, uint32_t units,
+                                      Numbers<Row> (&total)[kUnits]) const {
+    if constexpr (kExpert) {
+      add_rows<Row, false, kUnits, kRows>(sources_, 0, list.own, unit, units, total);
+      if (list.own < list.higher) {
+        Numbers<Row> part[kUnits];
 #pragma unroll
-    for (uint32_t j = 0; j < kSumUnits; ++j) {
-      if (header.flags & kFirst) total_[j] = Numbers<Row>::zero();
-      if (kParts && (header.flags & kFirstPart)) part_[j] = Numbers<Row>::zero();
-      if (lane + 32 * j >= units) continue;
-      const uint4 bits = piece[lane + 32 * j];
-      if (to_part) {
-        add_to(part_[j], bits, factor);
+        for (uint32_t j = 0; j < kUnits; ++j) part[j] = Numbers<Row>::zero();
+        add_rows<Row, kWeighted, kUnits, kRows>(sources_, list.own, list.higher, unit, units, part);
         // Rounded as if it had been sent.
-        if (header.flags & kEndPart) total_[j].add_row(part_[j].bits());
-      } else {
-        add_to(total_[j], bits, factor);
+#pragma unroll
+        for (uint32_t j = 0; j < kUnits; ++j) total[j].add_row(part[j].bits());
       }
-      if (header.flags & kLast)
-        lister_.store(header, header.offset + 16 * (lane + 32 * j), total_[j]);
-    }
-    if (header.flags & kRowEnds) lister_.row_done(header);
-  }
-
-  __device__ __forceinline__ bool wait() { return lister_.wait(); }
-
- private:
-  __device__ static void add_to(Numbers<Row>& sum, const uint4& bits, typename Row::Sum factor) {
-    if constexpr (kWeighted) {
-      sum.add_row(bits, factor);
+      add_rows<Row, false, kUnits, kRows>(sources_, list.higher, list.end, unit, units, total);
     } else {
-      sum.add_row(bits);
+      add_rows<Row, false, kUnits, kRows>(sources_, 0, list.end, unit, units, total);
     }
   }
 
-  const Combine& c_;
-  Lister& lister_;
-  Source* const sources_;  // [R + K], shared, of this warp
-  SumHeader header_{};     // of the row that is being loaded
-  uint32_t num_sources_ = 0, next_source_ = 0;
-  uint32_t offset_ = c_.args.row_bytes;  // of the piece that is being loaded
-  Numbers<Row> total_[kSumUnits];
-  Numbers<Row> part_[kParts ? kSumUnits : 1];
-};
-
-// Expert layout, sending: a row's expert rows are summed and rounded once, and go to the rank of
-// the token by ordinary stores.
-template <class Row, bool kStaging>
-class ExpertSums {
- public:
-  __device__ ExpertSums(const Combine& c, uint32_t first, uint32_t step, uint32_t staging_slab)
-      : c_(c), sender_(c, staging_slab), at_(c, first, step) {}
-
-  __device__ __forceinline__ Next next(SumSource<Row>* sources, uint32_t* count,
-                                       SumHeader* header) {
-    do {
-      if (row_ == at_.last) {
-        if (!at_.advance()) return Next::kEnd;
-        if (!opened_ && !sender_.open()) return Next::kEnd;
-        opened_ = true;
-        row_ = at_.first;
+  // Lists the rows of a token once they are there. Lane l looks at ranks l and l + 32.
+  __device__ bool gather(uint32_t t, List* list) {
+    const uint32_t ranks = c_.num_ranks(), me = c_.me();
+    const int32_t* slots = c_.call.slots + uint64_t{t} * ranks;
+    const int32_t own_slot = __ldg(slots + me);
+    uint32_t count = 0;
+    bool arrived = true;
+    // Lower ranks (and, in token layout, this one), then higher ones; own expert rows between them.
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t from = half == 0 ? 0 : me + 1;
+      const uint32_t to = half == 0 ? (kExpert ? me : me + 1) : ranks;
+      for (uint32_t r0 = from; r0 < to; r0 += 32) {
+        const uint32_t r = r0 + lane_;
+        const int32_t slot = r < to ? __ldg(slots + r) : -1;
+        const bool own = r == me;
+        // A row that there was no room for does not exist.
+        const bool there = slot >= 0 && !(own && uint64_t(slot) >= c_.call.num_rows);
+        const uint32_t votes = __ballot_sync(~0u, there);
+        if (there) {
+          const uint32_t i = own ? 0 : slot - c_.first_rows[r];
+          if (!own) arrived = arrived && wait_for(r, i / kChunkRows);
+          sources_[count + __popc(votes & lanes_below(lane_))] = {
+              own ? c_.input_row(slot) : c_.slab_row(slab_, c_.segment_row(r, i)), 1};
+        }
+        count += __popc(votes);
       }
-      __syncwarp();
-      *count = append_expert_rows<Row>(c_, at_.input + row_, sources, 0, 0, 0, 0);
-      __syncwarp();
-      header->out = sender_.row(at_.source, row_);
-      header->item = row_;
-      header->source = at_.source;
-      header->flags = row_ + 1 == at_.last ? kChunkEnds : 0;
-      if (*count == 0) row_done(*header);  // its choices found no room: nothing to send
-      ++row_;
-    } while (*count == 0);
-    return Next::kReady;
-  }
-
-  __device__ bool wait() const { return false; }
-
-  __device__ __forceinline__ void store(const SumHeader& header, uint32_t at,
-                                        const Numbers<Row>& total) const {
-    ptx::st_once_v4(header.out + at, total.bits());
-  }
-
-  __device__ __forceinline__ void row_done(const SumHeader& header) const {
-    const uint32_t lane = threadIdx.x % 32;
-    if (c_.call.row_weights != nullptr && lane < c_.top_k()) {
-      const uint64_t row = c_.first_row(header.source, c_.me()) + header.item;
-      const int32_t place = __ldg(c_.call.positions + row * c_.places() + lane);
-      c_.copy_weight(sender_.weights(header.source, header.item), lane,
-                     place >= 0 ? c_.call.row_weights : nullptr, place);
-    }
-    if (header.flags & kChunkEnds) sender_.publish(header.source, header.item / kChunkRows);
-  }
-
- private:
-  const Combine& c_;
-  const ChunkSender<kStaging> sender_;
-  ChunkCursor at_;
-  uint32_t row_ = 0;
-  bool opened_ = false;
-};
-
-// Sums the rows of this rank's tokens: what each rank sends, in rank order, then the bias.
-template <class Row, bool kExpert, bool kStaging>
-class TokenSums {
- public:
-  // Blocks `first`, `first + step`, ... of 4 consecutive tokens.
-  __device__ TokenSums(const Combine& c, uint32_t first, uint32_t step)
-      : c_(c),
-        lane_(threadIdx.x % 32),
-        slab_(c.slab(c.me(), 0)),
-        step_(step),
-        token_(first * kBlock) {}
-
-  __device__ __forceinline__ Next next(SumSource<Row>* sources, uint32_t* count,
-                                       SumHeader* header) {
-    for (; token_ < c_.call.num_tokens; advance()) {
-      if (!all_arrived<false>()) return Next::kNotYet;
-      __syncwarp();
-      *count = list(sources);
-      __syncwarp();
-      header->out = c_.call.y + uint64_t{token_} * c_.args.row_bytes;
-      header->item = token_;
-      header->flags = 0;
-      if (*count != 0) {
-        advance();
-        return Next::kReady;
+      if (half == 0) {
+        list->own = count;
+        if (kExpert && own_slot >= 0) count = append_expert_rows(c_, own_slot, sources_, count);
+        list->higher = count;
       }
-      without_rows(*header);
     }
-    return Next::kEnd;
+    list->end = count;
+    return __all_sync(~0u, arrived) != 0;
   }
 
-  __device__ __forceinline__ bool wait() {
-    return token_ < c_.call.num_tokens && all_arrived<true>();
-  }
-
-  __device__ __forceinline__ void store(const SumHeader& header, uint32_t at,
-                                        Numbers<Row> total) const {
-    if (c_.call.bias != nullptr) {
-      const uint8_t* bias = c_.call.bias + uint64_t{header.item} * c_.args.row_bytes;
-      total.add_row(ptx::ld_nc_once_v4(bias + at));
+  // One lane for itself. A warp meets most chunks several times in a row.
+  __device__ bool wait_for(uint32_t source, uint32_t chunk) {
+    if (kStaging) return true;
+    if (source == seen_source_ && chunk == seen_chunk_) return true;
+    const WaitSite site{Phase::kCombineRows, c_.me(), source, chunk, c_.epoch};
+    if (!wait_epoch(c_.chunk_flags(c_.me(), source) + chunk, c_.epoch, site, c_.watchdog)) {
+      return false;
     }
-    ptx::st_once_v4(header.out + at, total.bits());
+    seen_source_ = source;
+    seen_chunk_ = chunk;
+    return true;
   }
 
   // Each choice's number comes from the rank of its expert.
-  __device__ __forceinline__ void row_done(const SumHeader& header) const {
-    if (c_.call.row_weights == nullptr || lane_ >= c_.top_k()) return;
-    const uint32_t t = header.item, top_k = c_.top_k();
+  __device__ void take_weights(uint32_t t) const {
+    if (lane_ >= c_.top_k()) return;
+    const uint32_t top_k = c_.top_k();
     const int32_t id = c_.call.ids[uint64_t{t} * c_.layout().id_pitch + lane_];
     const uint64_t to = uint64_t{t} * top_k + lane_;
     if (id < 0) return c_.copy_weight(c_.call.token_weights, to, nullptr, 0);
@@ -533,88 +510,11 @@ class TokenSums {
     }
   }
 
- private:
-  static constexpr uint32_t kBlock = 4;
-
-  __device__ void advance() {
-    if (++token_ % kBlock == 0) token_ += (step_ - 1) * kBlock;
-  }
-
-  __device__ int32_t slot_of(uint32_t r) const {
-    return r < c_.num_ranks() ? __ldg(c_.call.slots + uint64_t{token_} * c_.num_ranks() + r) : -1;
-  }
-
-  // Whether the chunks with the rows of `token_` are there; or waits for them, and says false if
-  // the rank has failed. Then bulk loads come after the flags, as after dispatch's.
-  template <bool kWait>
-  __device__ bool all_arrived() {
-    bool arrived = true;
-    for (uint32_t r = lane_; !kStaging && r < c_.num_ranks(); r += 32) {
-      const int32_t slot = slot_of(r);
-      if (r == c_.me() || slot < 0) continue;
-      const uint32_t chunk = (slot - c_.first_rows[r]) / kChunkRows;
-      // A warp meets most chunks several times in a row.
-      if ((r < 32 ? seen_low_ : seen_high_) == chunk) continue;
-      const uint32_t* flag = c_.chunk_flags(c_.me(), r) + chunk;
-      if constexpr (kWait) {
-        const WaitSite site{Phase::kCombineRows, c_.me(), r, chunk, c_.epoch};
-        arrived = arrived && wait_epoch(flag, c_.epoch, site, c_.watchdog);
-      } else {
-        arrived = arrived && epoch_reached(ptx::ld_acquire_sys(flag), c_.epoch);
-      }
-      if (arrived) (r < 32 ? seen_low_ : seen_high_) = chunk;
-    }
-    const bool all = __all_sync(~0u, arrived) != 0;
-    if (all && !kStaging) ptx::fence_proxy_async_global();
-    return all;
-  }
-
-  // The rows of `token_`, in rank order; this rank's own expert rows in the place of its row.
-  __device__ uint32_t list(SumSource<Row>* sources) const {
-    uint32_t count = 0;
-    for (uint32_t r0 = 0; r0 < c_.num_ranks(); r0 += 32) {
-      const uint32_t r = r0 + lane_;
-      const int32_t slot = slot_of(r);
-      const bool own = r == c_.me();
-      const bool there = slot >= 0 && !(own && (kExpert || uint64_t(slot) >= c_.call.num_rows));
-      const uint32_t votes = __ballot_sync(~0u, there);
-      const uint32_t lower = __ballot_sync(~0u, there && r < c_.me());
-      uint32_t own_rows = 0;
-      if (kExpert && r0 == c_.me() / 32 * 32) {
-        const int32_t own_slot = __shfl_sync(~0u, slot, c_.me() % 32);
-        if (own_slot >= 0) {
-          const uint32_t from = count + __popc(lower);
-          own_rows =
-              append_expert_rows<Row>(c_, own_slot, sources, from, kFirstPart, kPart, kEndPart) -
-              from;
-        }
-      }
-      if (there) {
-        const uint32_t place =
-            count + __popc(votes & lanes_below(lane_)) + (kExpert && r > c_.me() ? own_rows : 0);
-        const uint8_t* row = own ? c_.input_row(slot)
-                                 : c_.slab_row(slab_, c_.segment_row(r, slot - c_.first_rows[r]));
-        sources[place] = {row, 1, 0};
-      }
-      count += __popc(votes) + own_rows;
-    }
-    return count;
-  }
-
-  // Tokens that no rank has rows of: zero, or the bias.
-  __device__ void without_rows(const SumHeader& header) const {
-    for (uint32_t at = 16 * lane_; at < c_.args.row_bytes; at += 32 * 16) {
-      store(header, at, Numbers<Row>::zero());
-    }
-    row_done(header);
-  }
-
   const Combine& c_;
+  SumSource<Row>* const sources_;  // [R + K], shared, of this warp
   const uint32_t lane_;
   uint8_t* const slab_;
-  const uint32_t step_;
-  uint32_t token_;                             // the next
-  uint32_t seen_low_ = ~0u, seen_high_ = ~0u;  // latest chunk of ranks lane and lane + 32
+  uint32_t seen_source_ = ~0u, seen_chunk_ = ~0u;  // latest chunk that was waited for
 };
 
 }  // namespace dualpipe

@@ -1,14 +1,16 @@
 // Dispatch: every token's row to every rank that has one of its experts, once, straight to its
 // place.
 //
-//      CTA (one of num_sms)                       CTA of a peer
-//   send warps     x -> stage [-> FP8] ------->  slab          rows of other ranks
-//                          \--> output                         rows that stay
-//   receive warps  slab -> stage -> output                     unless they stay in the slab
+//   sending CTA     send warps     x -> stage [-> FP8] ------->  slab of a peer
+//   local CTA       own warps      x -> stage [-> FP8] -> output          rows that stay
+//                   receive warps  slab -> stage -> output                unless they stay in the
+//                   slab
 //
 // A send warp takes runs of 16 consecutive tokens. It reads each row once by a bulk load, several
-// rows ahead, and stores it by bulk copies to all its destinations from the same stage. A receive
-// warp waits for a run, and moves its rows on while later runs are still under way.
+// rows ahead, and stores it by bulk copies to all the peers it goes to from the same stage. A
+// receive warp waits for a run, and moves its rows on while later runs are still under way. Rows
+// that stay are read by other SMs: what an SM stores locally waits behind what it stores to a peer
+// (tuning.h).
 //
 // Protocol, with flags that hold the epoch of the call:
 //   permit  receiver to sender: "slab s is yours". Sent when this kernel starts, so after whatever
@@ -39,75 +41,96 @@ constexpr uint32_t kDispatchThreads = 640;
 struct SharedLayout {
   StageNumbers send_numbers, receive_numbers;
   StageLayout send_stage, receive_stage;
-  uint32_t send_piece, receive_piece;    // bytes
-  uint32_t send_stages, receive_stages;  // of all warps
+  uint32_t send_piece, receive_piece;                // bytes
+  uint32_t send_stages, own_stages, receive_stages;  // of all warps
 
   __host__ __device__ explicit SharedLayout(const DispatchArgs& args) {
     const auto& shape = args.launch.layout.shape;
+    const Tuning& t = args.tuning;
     const uint32_t places = round_up(static_cast<uint32_t>(shape.top_k), 4);
     const uint32_t ranks = round_up(static_cast<uint32_t>(shape.num_ranks), 4);
-    const uint32_t weight_words = round_up(shape.top_k * args.weight_bytes, 16) / 4;
-    send_piece = args.in_bytes < args.tuning.send_piece ? args.in_bytes : args.tuning.send_piece;
-    receive_piece =
-        args.out_bytes < args.tuning.receive_piece ? args.out_bytes : args.tuning.receive_piece;
     const uint32_t scales = round_up(args.num_scales, 4);
+    const uint32_t weight_words = round_up(shape.top_k * args.weight_bytes, 16) / 4;
+    send_piece = args.in_bytes < t.send_piece ? args.in_bytes : t.send_piece;
+    receive_piece = args.out_bytes < t.receive_piece ? args.out_bytes : t.receive_piece;
     send_numbers = {places, ranks, places, scales, weight_words};
     receive_numbers = {places, 0, 0, scales, 0};
     send_stage = {send_piece, send_numbers.bytes()};
     receive_stage = {receive_piece, receive_numbers.bytes()};
-    send_stages = args.tuning.send_warps * args.tuning.send_stages;
-    receive_stages = args.tuning.receive_warps * args.tuning.receive_stages;
+    send_stages = t.send_warps * t.send_stages;
+    own_stages = t.own_warps * t.own_stages;
+    receive_stages = t.receive_warps * t.receive_stages;
   }
 
-  __host__ __device__ uint32_t receive_offset() const { return send_stages * send_stage.bytes(); }
-  __host__ __device__ uint32_t full_offset() const {
+  // Sending CTAs: stages, barriers, outboxes. Local CTAs: own stages, receive stages, barriers.
+  __host__ __device__ uint32_t send_full() const { return send_stages * send_stage.bytes(); }
+  __host__ __device__ uint32_t outboxes() const { return send_full() + 8 * send_stages; }
+  __host__ __device__ uint32_t receive_offset() const { return own_stages * send_stage.bytes(); }
+  __host__ __device__ uint32_t local_full() const {
     return receive_offset() + receive_stages * receive_stage.bytes();
   }
-  __host__ __device__ uint32_t outbox_offset() const {
-    return full_offset() + 8 * round_up(send_stages + receive_stages, 2);
-  }
   __host__ __device__ uint32_t bytes(const DispatchArgs& args) const {
-    return outbox_offset() +
-           args.tuning.send_warps * static_cast<uint32_t>(args.launch.layout.shape.num_ranks) * 12;
+    const auto ranks = static_cast<uint32_t>(args.launch.layout.shape.num_ranks);
+    const uint32_t send = outboxes() + args.tuning.send_warps * ranks * 12;
+    const uint32_t local = local_full() + 8 * (own_stages + receive_stages);
+    return send > local ? send : local;
   }
+};
+
+// The place of a warp among those of its role, over all CTAs that have it. Neighbours in the work
+// are in different CTAs: with little work, every SM has some.
+struct Share {
+  uint32_t first, step;
+
+  __device__ Share(uint32_t warp, uint32_t warps, uint32_t cta, uint32_t ctas)
+      : first(warp * ctas + cta), step(warps * ctas) {}
 };
 
 template <Payload kPayload, bool kStaging>
 __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
-                          uint32_t warp, uint32_t cta, uint32_t staging_slab) {
+                          uint32_t warp, const Share& share, uint32_t staging_slab) {
   const Tuning& tuning = d.args.tuning;
   const uint32_t stage = warp * tuning.send_stages;
   Ring ring(memory + stage * shared.send_stage.bytes(),
-            reinterpret_cast<uint64_t*>(memory + shared.full_offset()) + stage, shared.send_stage,
+            reinterpret_cast<uint64_t*>(memory + shared.send_full()) + stage, shared.send_stage,
             tuning.send_stages);
   ring.init();
   delay(d.call.send_delay_ns);
   const uint32_t ranks = d.num_ranks();
-  uint8_t* outbox = memory + shared.outbox_offset();
+  uint8_t* outbox = memory + shared.outboxes();
   const Outbox box{
       reinterpret_cast<uint8_t**>(outbox) + warp * ranks,
       reinterpret_cast<int32_t*>(outbox + 8 * tuning.send_warps * ranks) + warp * ranks};
-  // Runs go round the CTAs first: with few runs, every SM has some.
-  SendWork<kPayload, kStaging> work(d, shared.send_numbers, shared.send_piece, box,
-                                    warp * d.launch().ctas + cta,
-                                    tuning.send_warps * d.launch().ctas, staging_slab);
+  SendWork<kPayload, kStaging ? Way::kStaging : Way::kPeers> work(
+      d, shared.send_numbers, shared.send_piece, box, share.first, share.step, staging_slab);
+  pump(ring, work);
+}
+
+template <Payload kPayload>
+__device__ void own_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
+                         uint32_t warp, const Share& share) {
+  const uint32_t stage = warp * d.args.tuning.own_stages;
+  Ring ring(memory + stage * shared.send_stage.bytes(),
+            reinterpret_cast<uint64_t*>(memory + shared.local_full()) + stage, shared.send_stage,
+            d.args.tuning.own_stages);
+  ring.init();
+  SendWork<kPayload, Way::kOwn> work(d, shared.send_numbers, shared.send_piece, {}, share.first,
+                                     share.step, 0);
   pump(ring, work);
 }
 
 template <bool kStaging>
 __device__ void receive_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
-                             uint32_t warp, uint32_t cta) {
-  const Tuning& tuning = d.args.tuning;
+                             uint32_t warp, const Share& share) {
   delay(d.call.receive_delay_ns);
-  const uint32_t index = warp * d.launch().ctas + cta;
-  const uint32_t count = tuning.receive_warps * d.launch().ctas;
-  ZeroRows(d, index, count).run();
-  ReceiveWork<kStaging> work(d, shared.receive_numbers, shared.receive_piece, index, count);
+  ZeroRows(d, share.first, share.step).run();
+  ReceiveWork<kStaging> work(d, shared.receive_numbers, shared.receive_piece, share.first,
+                             share.step);
   if (d.call.keep_in_slab != 0) return work.await_all();
-  const uint32_t stage = warp * tuning.receive_stages;
+  const uint32_t stage = warp * d.args.tuning.receive_stages;
   Ring ring(memory + shared.receive_offset() + stage * shared.receive_stage.bytes(),
-            reinterpret_cast<uint64_t*>(memory + shared.full_offset()) + shared.send_stages + stage,
-            shared.receive_stage, tuning.receive_stages);
+            reinterpret_cast<uint64_t*>(memory + shared.local_full()) + shared.own_stages + stage,
+            shared.receive_stage, d.args.tuning.receive_stages);
   ring.init();
   pump(ring, work);
 }
@@ -132,10 +155,11 @@ __device__ void wait_for_permits(const Dispatch& d) {
   }
 }
 
-// Which halves of a dispatch a kernel does.
-enum class Half { kBoth, kPack, kUnpack };
+// Which part of a dispatch a kernel does: all, the way into the staging slab, the rows that stay on
+// the rank, or the way out of the slab.
+enum class Part { kAll, kPack, kOwn, kUnpack };
 
-template <Payload kPayload, Half kHalf>
+template <Payload kPayload, Part kPart>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
     dispatch_kernel(const __grid_constant__ DispatchArgs args, uint32_t staging_slab) {
   extern __shared__ __align__(128) uint8_t memory[];
@@ -145,62 +169,83 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (__syncthreads_or(watchdog.aborted())) return;
   const Dispatch d{args, call, watchdog, watchdog.state->transfer_epoch + 1};
   const SharedLayout shared(args);
-  const uint32_t warp = threadIdx.x / 32;
-  constexpr bool kStaging = kHalf != Half::kBoth;
+  const Tuning& t = args.tuning;
+  const uint32_t warp = threadIdx.x / 32, cta = place.cta;
+  constexpr bool kSends = kPart == Part::kAll || kPart == Part::kPack;
+  constexpr bool kStaging = kPart != Part::kAll;
 
-  if (kHalf != Half::kUnpack && place.cta == 0 && warp + 1 == blockDim.x / 32) send_permits(d);
-  if (warp < args.tuning.send_warps) {
-    send_role<kPayload, kStaging>(d, shared, memory, warp, place.cta, staging_slab);
+  if (kSends && cta == 0 && warp + 1 == blockDim.x / 32) send_permits(d);
+  if (cta < t.send_ctas) {
+    if (kSends && warp < t.send_warps) {
+      const Share share(warp, t.send_warps, cta, t.send_ctas);
+      send_role<kPayload, kStaging>(d, shared, memory, warp, share, staging_slab);
+    }
   } else {
-    receive_role<kStaging>(d, shared, memory, warp - args.tuning.send_warps, place.cta);
+    const uint32_t local_cta = cta - t.send_ctas, ctas = args.launch.ctas - t.send_ctas;
+    if (warp < t.own_warps) {
+      if constexpr (kPart == Part::kAll || kPart == Part::kOwn) {
+        own_role<kPayload>(d, shared, memory, warp, Share(warp, t.own_warps, local_cta, ctas));
+      }
+    } else if (warp < t.own_warps + t.receive_warps) {
+      if constexpr (kPart == Part::kAll || kPart == Part::kUnpack) {
+        const uint32_t receiver = warp - t.own_warps;
+        receive_role<kStaging>(d, shared, memory, receiver,
+                               Share(receiver, t.receive_warps, local_cta, ctas));
+      }
+    }
   }
-  if (kHalf == Half::kPack) {
+  if (kPart == Part::kPack && cta == 0) {
     // The copies that follow on the stream write into the peers' slabs.
-    if (place.cta == 0 && warp == 0) wait_for_permits(d);
-    if (place.cta == 0 && threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
-    return;
+    if (warp == 0) wait_for_permits(d);
+    if (threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
   }
-  finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);
+  if (kPart == Part::kAll || kPart == Part::kUnpack) {
+    finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);
+  }
 }
 
-template <Payload kPayload, Half kHalf>
+template <Payload kPayload, Part kPart>
 cudaError_t launch(const DispatchArgs& args, uint32_t staging_slab, cudaStream_t stream) {
-  const auto kernel = dispatch_kernel<kPayload, kHalf>;
+  const auto kernel = dispatch_kernel<kPayload, kPart>;
   const int bytes = static_cast<int>(SharedLayout(args).bytes(args));
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  const uint32_t threads = 32 * (args.tuning.send_warps + args.tuning.receive_warps);
-  kernel<<<args.launch.num_local * args.launch.ctas, threads, bytes, stream>>>(args, staging_slab);
+  kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), bytes, stream>>>(
+      args, staging_slab);
   return cudaGetLastError();
 }
 
-template <Half kHalf>
+template <Part kPart>
 cudaError_t launch_for_payload(const DispatchArgs& args, uint32_t staging_slab,
                                cudaStream_t stream) {
   switch (args.payload) {
     case Payload::kQuantize:
-      return launch<Payload::kQuantize, kHalf>(args, staging_slab, stream);
+      return launch<Payload::kQuantize, kPart>(args, staging_slab, stream);
     case Payload::kQuantizePow2:
-      return launch<Payload::kQuantizePow2, kHalf>(args, staging_slab, stream);
+      return launch<Payload::kQuantizePow2, kPart>(args, staging_slab, stream);
     default:
-      return launch<Payload::kAsIs, kHalf>(args, staging_slab, stream);
+      return launch<Payload::kAsIs, kPart>(args, staging_slab, stream);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
-  return launch_for_payload<Half::kBoth>(args, 0, stream);
+  return launch_for_payload<Part::kAll>(args, 0, stream);
 }
 
 cudaError_t launch_dispatch_pack(const DispatchArgs& args, uint32_t staging_slab,
                                  cudaStream_t stream) {
-  return launch_for_payload<Half::kPack>(args, staging_slab, stream);
+  return launch_for_payload<Part::kPack>(args, staging_slab, stream);
+}
+
+cudaError_t launch_dispatch_own(const DispatchArgs& args, cudaStream_t stream) {
+  return launch_for_payload<Part::kOwn>(args, 0, stream);
 }
 
 cudaError_t launch_dispatch_unpack(const DispatchArgs& args, cudaStream_t stream) {
-  return launch<Payload::kAsIs, Half::kUnpack>(args, 0, stream);
+  return launch<Payload::kAsIs, Part::kUnpack>(args, 0, stream);
 }
 
 }  // namespace dualpipe

@@ -61,10 +61,11 @@ struct DispatchArgs {
 // Enqueues the kernel that sends and receives; does not wait.
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
 
-// The halves of the copy-engine path: rows into the staging slab (and this rank's own rows to their
-// place), then, once the copies have come, from the slab to their place.
+// The parts of the copy-engine path: rows of peers into the staging slab; rows that stay to their
+// place, while the copies are under way; once they have come, rows from the slab to their place.
 cudaError_t launch_dispatch_pack(const DispatchArgs& args, uint32_t staging_slab,
                                  cudaStream_t stream);
+cudaError_t launch_dispatch_own(const DispatchArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch_unpack(const DispatchArgs& args, cudaStream_t stream);
 
 }  // namespace dualpipe

@@ -103,23 +103,18 @@ struct Piece {
 
 // A piece of a row from its stage to the output of this rank: in token layout to its row, in expert
 // layout to the rows of all its experts. `row` is in token layout.
-//
-// By ordinary stores. An SM's bulk stores move about 43 GB/s, wherever they go, and the link needs
-// all of that; ordinary stores move twice as much, beside them.
 __device__ inline void store_to_output(const Dispatch& d, const StageNumbers& numbers,
                                        const uint8_t* payload, uint8_t* extra, int32_t row,
                                        const Piece& piece) {
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t units = piece.bytes / 16;
-  const uint32_t copies = d.call.expert_layout == 0 ? 1 : d.top_k();
-  const auto* from = reinterpret_cast<const uint4*>(payload);
-  for (uint32_t k = 0; k < copies; ++k) {
-    const int32_t to = d.call.expert_layout == 0 ? row : numbers.place(extra)[k];
-    if (to < 0 || uint64_t(to) >= d.call.num_rows) continue;
-    auto* out =
-        reinterpret_cast<uint4*>(d.call.out_rows + uint64_t(to) * d.call.out_pitch + piece.first);
-#pragma unroll 4
-    for (uint32_t i = lane; i < units; i += 32) ptx::st_once_v4(out + i, from[i]);
+  const auto put = [&](int32_t to) {
+    ptx::bulk_store(d.call.out_rows + uint64_t(to) * d.call.out_pitch + piece.first, payload,
+                    piece.bytes);
+  };
+  if (d.call.expert_layout == 0) {
+    if (lane == 0 && uint64_t(row) < d.call.num_rows) put(row);
+  } else if (lane < d.top_k() && numbers.place(extra)[lane] >= 0) {
+    put(numbers.place(extra)[lane]);
   }
 }
 
@@ -161,8 +156,12 @@ struct Outbox {
       shifts;  // [R], shared, of this warp: from the row in token layout to the row in the slab
 };
 
+// Which of a token's destinations a warp serves: other ranks, those by way of the staging slab, or
+// this rank itself.
+enum class Way { kPeers, kStaging, kOwn };
+
 // Sends runs `first`, `first + step`, ... of this rank's tokens.
-template <Payload kPayload, bool kStaging>
+template <Payload kPayload, Way kWay>
 class SendWork {
  public:
   __device__ SendWork(const Dispatch& dispatch, const StageNumbers& numbers, uint32_t piece_bytes,
@@ -193,7 +192,7 @@ class SendWork {
       if (!bulk_weights())
         d_.copy_weight(numbers_.weights(extra), lane_, weights_of(token_), lane_);
     }
-    const int32_t own = own_row();
+    const int32_t own = kWay == Way::kOwn ? own_row() : -1;
     const uint32_t bytes = min(piece_bytes_, d_.args.in_bytes - offset_);
     if (lane_ == 0) {
       numbers_.header(extra)[0] = token_;
@@ -228,7 +227,7 @@ class SendWork {
   __device__ void store(Ring& ring, uint32_t stage) {
     uint8_t* extra = ring.extra(stage);
     const uint32_t token = numbers_.header(extra)[0], offset = numbers_.header(extra)[1];
-    if (token / run_length_ != run_) begin_run(token / run_length_);
+    if (kWay != Way::kOwn && token / run_length_ != run_) begin_run(token / run_length_);
     if (failed_) return;
     ++steps_of_run_;
 
@@ -255,6 +254,46 @@ class SendWork {
       __syncwarp();
     }
 
+    if constexpr (kWay == Way::kOwn) {
+      const int32_t own = numbers_.rank(extra)[d_.me()];
+      store_to_output(d_, numbers_, ring.piece(stage), extra, own, piece);
+      if (num_scales != 0) {
+        store_scales_to_output(d_, numbers_, extra, own, first_scale, num_scales,
+                               d_.call.out_scale_pitch);
+      }
+      if (with_weights) {
+        const bool here = lane_ < d_.top_k() && numbers_.owner(extra)[lane_] == int32_t(d_.me());
+        store_weights_to_output(d_, numbers_, extra, own, here);
+      }
+    } else {
+      store_to_slabs(ring, stage, piece, first_scale, num_scales, with_weights);
+    }
+  }
+
+  // Nothing is in flight and nothing is left: the last runs are complete.
+  __device__ bool wait() {
+    if (failed_ || kWay != Way::kPeers) return false;
+    ptx::bulk_wait_group<0>();
+    publish(previous_run_);
+    publish(run_);
+    return false;
+  }
+
+ private:
+  static constexpr uint32_t kNoRun = ~0u;
+
+  __device__ bool goes_anywhere() const {
+    if (kWay == Way::kOwn) return own_row() >= 0;
+    const bool low = slots_[0] >= 0 && lane_ != d_.me();
+    const bool high = slots_[1] >= 0 && lane_ + 32 != d_.me();
+    return __any_sync(~0u, low || high) != 0;
+  }
+
+  // To every other rank that has an expert of the token, from the one stage.
+  __device__ __forceinline__ void store_to_slabs(Ring& ring, uint32_t stage, const Piece& piece,
+                                                 uint32_t first_scale, uint32_t num_scales,
+                                                 bool with_weights) const {
+    uint8_t* extra = ring.extra(stage);
     const int32_t* slots = numbers_.rank(extra);
     for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
       if (to == d_.me() || slots[to] < 0) continue;
@@ -270,33 +309,6 @@ class SendWork {
                         round_up(d_.top_k() * d_.args.weight_bytes, 16));
       }
     }
-    const int32_t own = slots[d_.me()];
-    if (own < 0) return;
-    store_to_output(d_, numbers_, ring.piece(stage), extra, own, piece);
-    if (num_scales != 0) {
-      store_scales_to_output(d_, numbers_, extra, own, first_scale, num_scales,
-                             d_.call.out_scale_pitch);
-    }
-    if (with_weights) {
-      const bool here = lane_ < d_.top_k() && numbers_.owner(extra)[lane_] == int32_t(d_.me());
-      store_weights_to_output(d_, numbers_, extra, own, here);
-    }
-  }
-
-  // Nothing is in flight and nothing is left: the last runs are complete.
-  __device__ bool wait() {
-    if (failed_) return false;
-    ptx::bulk_wait_group<0>();
-    publish(previous_run_);
-    publish(run_);
-    return false;
-  }
-
- private:
-  static constexpr uint32_t kNoRun = ~0u;
-
-  __device__ bool goes_anywhere() const {
-    return __any_sync(~0u, slots_[0] >= 0 || slots_[1] >= 0) != 0;
   }
 
   __device__ int32_t own_row() const {
@@ -349,7 +361,7 @@ class SendWork {
     }
     // All but the groups of the run that has just ended have arrived: the run before it is
     // complete.
-    if (previous_run_ != kNoRun) {
+    if (kWay == Way::kPeers && previous_run_ != kNoRun) {
       bulk_wait_group_at_most(steps_of_run_);
       publish(previous_run_);
     }
@@ -363,7 +375,7 @@ class SendWork {
     bool open = true;
     for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
       if (to == d_.me() || d_.sent(d_.me(), to) == 0) continue;
-      if constexpr (kStaging) {
+      if constexpr (kWay == Way::kStaging) {
         // Segments of fixed size, so that the copies need no numbers from the device.
         outbox_.slabs[to] = d_.slab(d_.me(), staging_slab_);
         outbox_.shifts[to] = to * d_.max_tokens() - d_.first_row(d_.me(), to);
@@ -383,7 +395,7 @@ class SendWork {
   // seen; __syncwarp brings them before the release. Nothing goes to a peer by ordinary stores: the
   // release would wait for them, behind all that is queued for the link.
   __device__ void publish(uint32_t run) {
-    if (kStaging || run == kNoRun) return;
+    if (kWay != Way::kPeers || run == kNoRun) return;
     __syncwarp();
     for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
       if (to == d_.me()) continue;

@@ -71,11 +71,11 @@ class CopyEngineTransport(PeerTransport):
         def act(items: list[tuple[Any, Any, list[_Copy]]]) -> None:
             calls = [call for call, _, _ in items]
 
-            def launch(half: str, shape: tuning.Tuning) -> None:
+            def launch(part: str, shape: tuning.Tuning) -> None:
                 self.core.dispatch(
                     self.comm,
                     calls,
-                    half=half,
+                    part=part,
                     **sizes,
                     tuning=shape.as_core(self.core),
                     staging_slab=_STAGING,
@@ -83,8 +83,10 @@ class CopyEngineTransport(PeerTransport):
                     stream=current_stream(),
                 )
 
-            launch("pack", tuning.for_pack(source, self.config))
-            self._carry(items, combine=False)
+            launch("pack", tuning.for_pack(source, self.num_sms, self.config))
+            self._copy(items)
+            launch("own", tuning.for_own_rows(source, self.config))
+            self._await([call for _, call, _ in items], combine=False)
             launch("unpack", tuning.for_unpack(source, self.config))
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
@@ -109,11 +111,11 @@ class CopyEngineTransport(PeerTransport):
         def act(items: list[tuple[Any, Any, list[_Copy], bool]]) -> None:
             calls = [call for call, *_ in items]
 
-            def launch(half: str, shape: tuning.Tuning, ctas: int) -> None:
+            def launch(part: str, shape: tuning.Tuning, ctas: int) -> None:
                 self.core.combine(
                     self.comm,
                     calls,
-                    half=half,
+                    part=part,
                     **sizes,
                     weighted=any(weighted for *_, weighted in items),
                     tuning=shape.as_core(self.core),
@@ -125,9 +127,14 @@ class CopyEngineTransport(PeerTransport):
             if direct:
                 launch("pack", tuning.PERMITS_ONLY, 1)
             else:
-                launch("pack", tuning.for_combine_pack(source, handle, self.config), self.num_sms)
-            self._carry([item[:3] for item in items], combine=True)
-            launch("reduce", tuning.for_reduce(), self.num_sms)
+                launch(
+                    "pack",
+                    tuning.for_combine_pack(source, handle, self.num_sms, self.config),
+                    self.num_sms,
+                )
+            self._copy([item[:3] for item in items])
+            self._await([item[1] for item in items], combine=True)
+            launch("reduce", tuning.REDUCE, self.num_sms)
 
         call = kernel_calls.combine_call(self, source, handle, output)
         copies = self._return_copies(source, handle, direct)
@@ -136,14 +143,13 @@ class CopyEngineTransport(PeerTransport):
 
     # --- copies --------------------------------------------------------------------------------
 
-    def _carry(self, items: Sequence[tuple[Any, Any, list[_Copy]]], *, combine: bool) -> None:
-        """Copy, tell the peers, and order the current stream after the copies of all ranks."""
-        here = torch.cuda.current_stream()
-        packed = here.record_event()
+    def _copy(self, items: Sequence[tuple[Any, Any, list[_Copy]]]) -> None:
+        """Start the copies of all ranks after what is on the current stream."""
+        packed = torch.cuda.current_stream().record_event()
+        for peer in {one.peer for _, _, copies in items for one in copies}:
+            self._copy_stream(peer).wait_event(packed)
         for _, _, copies in items:
             for one in copies:
-                stream = self._copy_stream(one.peer)
-                stream.wait_event(packed)
                 self.core.copy(
                     to=one.to,
                     to_pitch=one.to_pitch,
@@ -151,13 +157,15 @@ class CopyEngineTransport(PeerTransport):
                     source_pitch=one.source_pitch,
                     bytes=one.num_bytes,
                     rows=one.rows,
-                    stream=stream.cuda_stream,
+                    stream=self._copy_stream(one.peer).cuda_stream,
                 )
-        for peer in {one.peer for _, _, copies in items for one in copies}:
-            here.wait_stream(self._copy_stream(peer))
-        self.core.arrivals(
-            self.comm, [call for _, call, _ in items], combine=combine, stream=here.cuda_stream
-        )
+
+    def _await(self, calls: list[Any], *, combine: bool) -> None:
+        """Order the current stream after these copies and after those of the other ranks."""
+        here = torch.cuda.current_stream()
+        for stream in self._copy_streams.values():
+            here.wait_stream(stream)
+        self.core.arrivals(self.comm, calls, combine=combine, stream=here.cuda_stream)
 
     def _copy_stream(self, peer: int) -> torch.cuda.Stream:
         if peer not in self._copy_streams:

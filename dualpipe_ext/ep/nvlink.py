@@ -25,6 +25,8 @@ class NVLinkTransport(PeerTransport):
     def unavailable(cls, config: TransportConfig) -> str | None:
         if config.num_sms == 0:
             return "num_sms=0 leaves it no SM"
+        if config.num_sms == 1 and config.num_ranks > 1:
+            return "num_sms=1 leaves it no SM beside the one that sends"
         return super().unavailable(config)
 
     def dispatch(
@@ -46,9 +48,11 @@ class NVLinkTransport(PeerTransport):
             self.core.dispatch(
                 self.comm,
                 calls,
-                half="both",
+                part="all",
                 **kernel_calls.dispatch_sizes(source),
-                tuning=tuning.for_dispatch(source, in_slab, self.config).as_core(self.core),
+                tuning=tuning.for_dispatch(
+                    source, handle, in_slab, self.num_sms, self.config
+                ).as_core(self.core),
                 staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),
@@ -75,10 +79,12 @@ class NVLinkTransport(PeerTransport):
             self.core.combine(
                 self.comm,
                 [call for call, _ in items],
-                half="both",
+                part="all",
                 **kernel_calls.combine_sizes(source, handle),
                 weighted=any(weighted for _, weighted in items),
-                tuning=tuning.for_combine(source, handle, self.config).as_core(self.core),
+                tuning=tuning.for_combine(source, handle, self.num_sms, self.config).as_core(
+                    self.core
+                ),
                 staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),

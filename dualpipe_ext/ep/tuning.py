@@ -1,4 +1,10 @@
-"""How the SMs of the EP kernels are divided among their roles. Measured; see docs/LOG.md."""
+"""How the SMs of the EP kernels are divided among their roles.
+
+What an SM can do was measured on an H200 (docs/LOG.md): it stores at most 48 GB/s beside its loads,
+43 GB/s to a peer, in bulk copies of 4 KiB or more. The shares below make all roles end together.
+
+Shapes: R ranks, K top-k.
+"""
 
 from __future__ import annotations
 
@@ -9,109 +15,154 @@ from dualpipe_ext.ep.handle import Handle
 from dualpipe_ext.ep.kernel_calls import CombineInput, DispatchInput
 from dualpipe_ext.ep.transport import TransportConfig
 
-# Rows longer than this are moved in pieces (csrc/ep/tuning.h).
-MAX_PIECE_BYTES = 16384
+# GB/s of one SM.
+_TO_PEER = 43.0
+_TO_MEMORY = 48.0
+_FROM_MEMORY = 65.0
+# The link is full with this many SMs; more would only take turns.
+_MOST_SENDERS = 14
 # Shared memory of an SM that stages may take; the rest is for the lists beside them.
 _STAGE_BYTES = 216 * 1024
-# A stage of a sum (csrc/ep/combine_roles.cuh).
-_SUM_STAGE_BYTES = 2048 + 128
-# Stages in flight beyond this number bring nothing.
+# Pieces in flight of a warp; more bring nothing.
 _MOST_STAGES = 8
+# Bytes of a piece: small ones keep the warps that quantise busy, large ones the bulk copies.
+_PIECE, _QUANTISED_PIECE = 7168, 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Warps of each role in a CTA, and rows that each keeps in flight."""
+    """``Tuning`` of csrc/ep/tuning.h."""
 
-    send_warps: int
-    send_stages: int
-    receive_warps: int
-    receive_stages: int
-    receive_piece: int = MAX_PIECE_BYTES
-    """Bytes of a row that a receiving stage holds, at most."""
-    send_piece: int = MAX_PIECE_BYTES
-    """The same of a sending stage."""
+    send_ctas: int
+    send_warps: int = 0
+    send_stages: int = 0
+    own_warps: int = 0
+    own_stages: int = 0
+    receive_warps: int = 0
+    receive_stages: int = 0
+    send_piece: int = _PIECE
+    receive_piece: int = _PIECE
 
-    def as_core(self, core_module: Any) -> Any:
-        """``Tuning`` of csrc/ep/tuning.h."""
-        return core_module.Tuning(
-            self.send_warps,
-            self.send_stages,
-            self.receive_warps,
-            self.receive_stages,
-            self.receive_piece,
-            self.send_piece,
+    def as_core(self, core: Any) -> Any:
+        """As the core takes it."""
+        return core.Tuning(
+            send_ctas=self.send_ctas,
+            send_warps=self.send_warps,
+            send_stages=self.send_stages,
+            own_warps=self.own_warps,
+            own_stages=self.own_stages,
+            receive_warps=self.receive_warps,
+            receive_stages=self.receive_stages,
+            send_piece=self.send_piece,
+            receive_piece=self.receive_piece,
         )
 
 
-def _stage_bytes(row_bytes: int, piece: int, num_scales: int, config: TransportConfig) -> int:
-    """Of a row's piece and the numbers behind it (``StageNumbers`` in csrc/ep), at most."""
-    numbers = 4 + num_scales + config.num_ranks + 4 * config.top_k + 12
-    return -(-min(row_bytes, piece) // 128) * 128 + -(-4 * numbers // 128) * 128
-
-
-def for_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfig) -> Tuning:
-    """Half of the warps keep the link busy; quantising takes more, with small pieces."""
-    quantises = source.payload != "as_is"
-    warps, piece = (12, 4096) if quantises else (8, 7168)
-    receive_warps, receive_piece = 4, 7168
-    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    receive_stage = _stage_bytes(source.out_bytes, receive_piece, source.num_scales, config)
-    receive_stages = 0 if in_slab else 3
-    left = _STAGE_BYTES - receive_warps * receive_stages * receive_stage
-    while warps > 1 and 2 * warps * stage > left:
-        warps -= 1
-    stages = _stages(left, warps, stage)
-    return Tuning(warps, stages, receive_warps, receive_stages, receive_piece, piece)
-
-
-def for_combine(source: CombineInput, handle: Handle, config: TransportConfig) -> Tuning:
-    """Token layout: few warps keep the link busy, the others sum. Expert layout: all sum."""
+def for_dispatch(
+    source: DispatchInput, handle: Handle, in_slab: bool, num_sms: int, config: TransportConfig
+) -> Tuning:
+    """Some SMs send, the others do what stays on the GPU."""
+    reached = _ranks_reached(config)
+    own = reached / config.num_ranks
     if handle.layout == "expert":
-        stages = _stages(_STAGE_BYTES // 2, 8, _SUM_STAGE_BYTES)
-        return Tuning(8, stages, 8, stages)
-    piece = 7168
-    left = _STAGE_BYTES - 10 * 4 * _SUM_STAGE_BYTES
+        local = config.top_k / _TO_MEMORY
+    else:
+        local = (own if in_slab else reached) / _TO_MEMORY
+    senders = _senders(num_sms, (reached - own) / _TO_PEER, local, config)
+    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
+    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
+    receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    own_share = 1.0 if in_slab else 0.5
+    own_warps = warps if in_slab else warps // 2
+    receive_warps = 2 if in_slab else 6
     return Tuning(
-        6,
-        _stages(left, 6, _stage_bytes(source.row_bytes, piece, 0, config)),
-        10,
-        4,
+        senders,
+        warps,
+        _stages(_STAGE_BYTES, warps, stage),
+        own_warps,
+        _stages(int(_STAGE_BYTES * own_share), own_warps, stage),
+        receive_warps,
+        0 if in_slab else _stages(_STAGE_BYTES // 2, receive_warps, receive_stage),
         send_piece=piece,
     )
 
 
-def for_pack(source: DispatchInput, config: TransportConfig) -> Tuning:
-    """The copy-engine path: all warps send, into the staging slab."""
-    quantises = source.payload != "as_is"
-    warps, piece = (14, 4096) if quantises else (10, 7168)
+def for_combine(
+    source: CombineInput, handle: Handle, num_sms: int, config: TransportConfig
+) -> Tuning:
+    """Some SMs send, the others sum."""
+    reached = _ranks_reached(config)
+    own = reached / config.num_ranks
+    send, local = (reached - own) / _TO_PEER, reached / _FROM_MEMORY + 1 / _TO_MEMORY
+    if handle.layout == "expert":
+        own_experts = config.top_k / config.num_ranks
+        send += (config.top_k - own_experts) / _FROM_MEMORY
+        local += own_experts / _FROM_MEMORY
+    senders = _senders(num_sms, send, local, config, most=num_sms)
+    if handle.layout == "expert":
+        return Tuning(senders, send_warps=16, receive_warps=16)
+    stages = _stages(_STAGE_BYTES, 8, _stage_bytes(source.row_bytes, _PIECE, 0, config))
+    return Tuning(min(senders, _MOST_SENDERS), 8, stages, receive_warps=16)
+
+
+def for_pack(source: DispatchInput, num_sms: int, config: TransportConfig) -> Tuning:
+    """The copy-engine path: rows of peers into the staging slab."""
+    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    return Tuning(warps, _stages(_STAGE_BYTES, warps, stage), 0, 0, send_piece=piece)
+    return Tuning(num_sms, warps, _stages(_STAGE_BYTES, warps, stage), send_piece=piece)
+
+
+def for_own_rows(source: DispatchInput, config: TransportConfig) -> Tuning:
+    """The copy-engine path: rows that stay on the rank."""
+    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
+    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
+    stages = _stages(_STAGE_BYTES, warps, stage)
+    return Tuning(0, own_warps=warps, own_stages=stages, send_piece=piece)
 
 
 def for_unpack(source: DispatchInput, config: TransportConfig) -> Tuning:
-    """The copy-engine path: all warps move rows from the slab."""
-    warps, piece = 10, 7168
-    stage = _stage_bytes(source.out_bytes, piece, source.num_scales, config)
-    return Tuning(0, 0, warps, _stages(_STAGE_BYTES, warps, stage), piece)
+    """The copy-engine path: rows from the slab to their place."""
+    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    return Tuning(0, receive_warps=8, receive_stages=_stages(_STAGE_BYTES, 8, stage))
 
 
-def for_combine_pack(source: CombineInput, handle: Handle, config: TransportConfig) -> Tuning:
-    """The copy-engine path: all warps send, into the staging slab."""
+def for_combine_pack(
+    source: CombineInput, handle: Handle, num_sms: int, config: TransportConfig
+) -> Tuning:
+    """The copy-engine path: rows, or sums of rows, into the staging slab."""
     if handle.layout == "expert":
-        return Tuning(12, _stages(_STAGE_BYTES, 12, _SUM_STAGE_BYTES), 0, 0)
-    warps, piece = 10, 7168
-    stages = _stages(_STAGE_BYTES, warps, _stage_bytes(source.row_bytes, piece, 0, config))
-    return Tuning(warps, stages, 0, 0, send_piece=piece)
+        return Tuning(num_sms, send_warps=16)
+    stages = _stages(_STAGE_BYTES, 8, _stage_bytes(source.row_bytes, _PIECE, 0, config))
+    return Tuning(num_sms, 8, stages)
 
 
-def for_reduce() -> Tuning:
-    """The copy-engine path: all warps sum."""
-    return Tuning(0, 0, 16, _stages(_STAGE_BYTES, 16, _SUM_STAGE_BYTES))
+# The copy-engine path: all SMs sum; and a launch that only gives leave and waits for it.
+REDUCE = Tuning(0, receive_warps=16)
+PERMITS_ONLY = Tuning(0, receive_warps=1)
 
 
-# A launch that only gives leave and waits for it.
-PERMITS_ONLY = Tuning(0, 0, 1, 0)
+def _ranks_reached(config: TransportConfig) -> float:
+    """Ranks that a token goes to, on average, if its experts are drawn at random."""
+    return config.num_ranks * (1 - (1 - 1 / config.num_ranks) ** config.top_k)
+
+
+def _senders(
+    num_sms: int, send: float, local: float, config: TransportConfig, most: int = _MOST_SENDERS
+) -> int:
+    """SMs that send, if a token costs them ``send`` and the others ``local``."""
+    if config.num_ranks == 1:
+        return 0
+    return max(1, min(most, num_sms - 1, round(num_sms * send / (send + local))))
+
+
+def _quantises(source: DispatchInput) -> bool:
+    return source.payload != "as_is"
+
+
+def _stage_bytes(row_bytes: int, piece: int, num_scales: int, config: TransportConfig) -> int:
+    """Of a row's piece and the numbers behind it (``StageNumbers`` in csrc/ep), at most."""
+    numbers = 4 + num_scales + config.num_ranks + 4 * config.top_k + 16
+    return -(-min(row_bytes, piece) // 128) * 128 + -(-4 * numbers // 128) * 128
 
 
 def _stages(num_bytes: int, warps: int, stage: int) -> int:
