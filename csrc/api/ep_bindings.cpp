@@ -302,11 +302,17 @@ void bind_ep(py::module_& m) {
                                   py::arg("channel"), py::arg("timeout_ns"),
                                   py::keep_alive<1, 4>());
   py::class_<Tuning>(m, "Tuning")
-      .def(py::init<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t,
-                    uint32_t>(),
+      .def(py::init([](uint32_t send_ctas, uint32_t send_warps, uint32_t send_stages,
+                       uint32_t own_warps, uint32_t own_stages, uint32_t receive_warps,
+                       uint32_t receive_stages, uint32_t send_piece, uint32_t receive_piece,
+                       bool mixed) {
+             return Tuning{send_ctas,     send_warps,     send_stages, own_warps,     own_stages,
+                           receive_warps, receive_stages, send_piece,  receive_piece, mixed};
+           }),
            py::kw_only(), py::arg("send_ctas"), py::arg("send_warps"), py::arg("send_stages"),
            py::arg("own_warps"), py::arg("own_stages"), py::arg("receive_warps"),
-           py::arg("receive_stages"), py::arg("send_piece"), py::arg("receive_piece"));
+           py::arg("receive_stages"), py::arg("send_piece"), py::arg("receive_piece"),
+           py::arg("mixed"));
   py::class_<RouteCall>(m, "RouteCall")
       .def(py::init(&route_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
            py::arg("expert_layout"), py::arg("alignment"), py::arg("max_rows"),

@@ -8,7 +8,7 @@
 // the slab holds, in order, what rank s sends. Each CTA has both kinds of warps: sending is bound
 // by the link, reducing by memory.
 //
-// Protocol and ordering are those of dispatch.cu, with chunks of 16 rows in the place of runs:
+// Protocol and ordering are those of dispatch.cu, with chunks of a few rows in the place of runs:
 // permit -> rows -> flag of the chunk -> reduction of the tokens whose rows it holds. Own rows need
 // no flag: kernels before this one on the stream wrote them.
 //
@@ -22,7 +22,8 @@ namespace dualpipe {
 namespace {
 
 // Threads of a CTA, at most; what the registers of the sums leave room for.
-constexpr uint32_t kCombineThreads = 512;
+template <bool kExpert>
+constexpr uint32_t kCombineThreads = kExpert ? 512 : 640;
 
 // How a CTA's shared memory is cut, the same on host and device: stages of the send warps, their
 // barriers, then every warp's list of sources.
@@ -54,11 +55,11 @@ struct SharedLayout {
 
 template <class Row, bool kExpert, bool kWeighted, bool kStaging>
 __device__ void send_role(const Combine& c, const SharedLayout& shared, uint8_t* memory,
-                          SumSource<Row>* sources, uint32_t warp, uint32_t cta,
+                          SumSource<Row>* sources, uint32_t warp, uint32_t cta, uint32_t ctas,
                           uint32_t staging_slab) {
   const Tuning& tuning = c.args.tuning;
-  const uint32_t first = warp * tuning.send_ctas + cta;
-  const uint32_t step = tuning.send_warps * tuning.send_ctas;
+  const uint32_t first = warp * ctas + cta;
+  const uint32_t step = tuning.send_warps * ctas;
   delay(c.call.send_delay_ns);
   if constexpr (kExpert) {
     send_sums<Row, kWeighted, kStaging>(c, first, step, staging_slab, sources);
@@ -87,7 +88,7 @@ __device__ void send_permits(const Combine& c) {
 enum class Part { kAll, kPack, kReduce };
 
 template <class Row, bool kExpert, bool kWeighted, Part kPart>
-__global__ void __launch_bounds__(kCombineThreads, 1)
+__global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
     combine_kernel(const __grid_constant__ CombineArgs args, uint32_t staging_slab) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Place place = Place::here(args.launch);
@@ -108,16 +109,23 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   __syncthreads();
   auto* sources =
       reinterpret_cast<SumSource<Row>*>(memory + shared.sources_offset() + warp * shared.sources);
-  if (cta < t.send_ctas) {
+  const uint32_t ctas = args.launch.ctas;
+  if (t.mixed != 0 || cta < t.send_ctas) {
     if (kPart != Part::kReduce && warp < t.send_warps) {
       send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
-                                                   staging_slab);
+                                                   t.mixed != 0 ? ctas : t.send_ctas, staging_slab);
     }
-  } else if (kPart != Part::kPack && warp < t.receive_warps) {
+  }
+  // Sums start behind the send warps of a CTA that does both, else at the first warp of a local
+  // one.
+  const uint32_t first_sum = t.mixed != 0 ? t.send_warps : 0;
+  const uint32_t first_cta = t.mixed != 0 ? 0 : t.send_ctas;
+  if (kPart != Part::kPack && cta >= first_cta && warp >= first_sum &&
+      warp < first_sum + t.receive_warps) {
     delay(call.receive_delay_ns);
-    const uint32_t ctas = args.launch.ctas - t.send_ctas;
     TokenSums<Row, kExpert, kWeighted, kStaging> sums(c, sources);
-    sums.run(warp * ctas + cta - t.send_ctas, t.receive_warps * ctas);
+    sums.run((warp - first_sum) * (ctas - first_cta) + cta - first_cta,
+             t.receive_warps * (ctas - first_cta));
   }
   if (kPart == Part::kPack) {
     // The copies that follow on the stream write into the peers' slabs.

@@ -276,12 +276,12 @@ struct SumSource {
 
 // How many units of 16 bytes of how many rows a lane loads at once: enough to be in flight to hide
 // the way to memory, few enough for the registers.
-template <bool kExpert>
 struct SumShape {
-  static constexpr uint32_t kUnits = kExpert ? 2 : 4;
-  static constexpr uint32_t kRows = kExpert ? 4 : 2;
+  uint32_t units, rows;
 };
-
+inline constexpr SumShape kTokenShape{4, 2};   // token layout: a row of each rank
+inline constexpr SumShape kExpertShape{2, 5};  // expert layout: own expert rows, and their sum
+inline constexpr SumShape kSentShape{3, 4};    // expert layout, sending
 // Adds the rows of sources [first, last), in this order, to `total`: units `unit`, `unit + 32`, ...
 template <class Row, bool kWeighted, uint32_t kUnits, uint32_t kRows>
 __device__ __forceinline__ void add_rows(const SumSource<Row>* sources, uint32_t first,
@@ -334,7 +334,7 @@ __device__ uint32_t append_expert_rows(const Combine& c, uint64_t row, SumSource
 template <class Row, bool kWeighted, bool kStaging>
 __device__ void send_sums(const Combine& c, uint32_t first, uint32_t step, uint32_t staging_slab,
                           SumSource<Row>* sources) {
-  constexpr uint32_t kUnits = SumShape<true>::kUnits;
+  constexpr uint32_t kUnits = kSentShape.units;
   const ChunkSender<kStaging> sender(c, staging_slab);
   const uint32_t units = c.args.row_bytes / 16, lane = threadIdx.x % 32;
   ChunkCursor at(c, first, step);
@@ -350,8 +350,7 @@ __device__ void send_sums(const Combine& c, uint32_t first, uint32_t step, uint3
         Numbers<Row> total[kUnits];
 #pragma unroll
         for (uint32_t j = 0; j < kUnits; ++j) total[j] = Numbers<Row>::zero();
-        add_rows<Row, kWeighted, kUnits, SumShape<true>::kRows>(sources, 0, count, unit, units,
-                                                                total);
+        add_rows<Row, kWeighted, kUnits, kSentShape.rows>(sources, 0, count, unit, units, total);
 #pragma unroll
         for (uint32_t j = 0; j < kUnits; ++j) {
           if (unit + 32 * j < units) ptx::st_once_v4(out + 16 * (unit + 32 * j), total[j].bits());
@@ -374,9 +373,9 @@ class TokenSums {
   __device__ TokenSums(const Combine& c, SumSource<Row>* sources)
       : c_(c), sources_(sources), lane_(threadIdx.x % 32), slab_(c.slab(c.me(), 0)) {}
 
-  // Blocks `first`, `first + step`, ... of 4 consecutive tokens.
+  // Blocks `first`, `first + step`, ... of 2 consecutive tokens.
   __device__ void run(uint32_t first, uint32_t step) {
-    constexpr uint32_t kBlock = 4;
+    constexpr uint32_t kBlock = 2;
     for (uint32_t t0 = first * kBlock; t0 < c_.call.num_tokens; t0 += step * kBlock) {
       const uint32_t end = min(t0 + kBlock, c_.call.num_tokens);
       for (uint32_t t = t0; t < end; ++t) {
@@ -386,8 +385,8 @@ class TokenSums {
   }
 
  private:
-  static constexpr uint32_t kUnits = SumShape<kExpert>::kUnits;
-  static constexpr uint32_t kRows = SumShape<kExpert>::kRows;
+  static constexpr uint32_t kUnits = (kExpert ? kExpertShape : kTokenShape).units;
+  static constexpr uint32_t kRows = (kExpert ? kExpertShape : kTokenShape).rows;
 
   // A token's sources: those of lower ranks, this rank's own expert rows, those of higher ranks.
   struct List {
@@ -423,17 +422,20 @@ class TokenSums {
   __device__ __forceinline__ void sum(const List& list, uint32_t unit, uint32_t units,
                                       Numbers<Row> (&total)[kUnits]) const {
     if constexpr (kExpert) {
-      add_rows<Row, false, kUnits, kRows>(sources_, 0, list.own, unit, units, total);
-      if (list.own < list.higher) {
-        Numbers<Row> part[kUnits];
+      // This rank's part first: rounded, as if it had been sent, it takes few registers.
+      uint4 part[kUnits];
+      add_rows<Row, kWeighted, kUnits, kRows>(sources_, list.own, list.higher, unit, units, total);
 #pragma unroll
-        for (uint32_t j = 0; j < kUnits; ++j) part[j] = Numbers<Row>::zero();
-        add_rows<Row, kWeighted, kUnits, kRows>(sources_, list.own, list.higher, unit, units, part);
-        // Rounded as if it had been sent.
-#pragma unroll
-        for (uint32_t j = 0; j < kUnits; ++j) total[j].add_row(part[j].bits());
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        part[j] = total[j].bits();
+        total[j] = Numbers<Row>::zero();
       }
-      add_rows<Row, false, kUnits, kRows>(sources_, list.higher, list.end, unit, units, total);
+      add_rows<Row, false, kUnits, 1>(sources_, 0, list.own, unit, units, total);
+      if (list.own < list.higher) {
+#pragma unroll
+        for (uint32_t j = 0; j < kUnits; ++j) total[j].add_row(part[j]);
+      }
+      add_rows<Row, false, kUnits, 1>(sources_, list.higher, list.end, unit, units, total);
     } else {
       add_rows<Row, false, kUnits, kRows>(sources_, 0, list.end, unit, units, total);
     }

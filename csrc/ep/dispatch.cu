@@ -6,11 +6,13 @@
 //                   receive warps  slab -> stage -> output                unless they stay in the
 //                   slab
 //
-// A send warp takes runs of 16 consecutive tokens. It reads each row once by a bulk load, several
-// rows ahead, and stores it by bulk copies to all the peers it goes to from the same stage. A
-// receive warp waits for a run, and moves its rows on while later runs are still under way. Rows
+// A send warp takes runs of a few consecutive tokens. It reads each row once by a bulk load,
+// several rows ahead, and stores it by bulk copies to all the peers it goes to from the same stage.
+// A receive warp waits for a run, and moves its rows on while later runs are still under way. Rows
 // that stay are read by other SMs: what an SM stores locally waits behind what it stores to a peer
 // (tuning.h).
+// Where rows are quantised, which costs more than reading them, every CTA has send warps, which
+// then serve this rank as well, and receive warps.
 //
 // Protocol, with flags that hold the epoch of the call:
 //   permit  receiver to sender: "slab s is yours". Sent when this kernel starts, so after whatever
@@ -63,16 +65,21 @@ struct SharedLayout {
   }
 
   // Sending CTAs: stages, barriers, outboxes. Local CTAs: own stages, receive stages, barriers.
+  // CTAs that do all: first the one, then the other.
   __host__ __device__ uint32_t send_full() const { return send_stages * send_stage.bytes(); }
   __host__ __device__ uint32_t outboxes() const { return send_full() + 8 * send_stages; }
+  __host__ __device__ uint32_t send_bytes(const DispatchArgs& args) const {
+    const auto ranks = static_cast<uint32_t>(args.launch.layout.shape.num_ranks);
+    return round_up(outboxes() + args.tuning.send_warps * ranks * 12, 128);
+  }
   __host__ __device__ uint32_t receive_offset() const { return own_stages * send_stage.bytes(); }
   __host__ __device__ uint32_t local_full() const {
     return receive_offset() + receive_stages * receive_stage.bytes();
   }
   __host__ __device__ uint32_t bytes(const DispatchArgs& args) const {
-    const auto ranks = static_cast<uint32_t>(args.launch.layout.shape.num_ranks);
-    const uint32_t send = outboxes() + args.tuning.send_warps * ranks * 12;
+    const uint32_t send = send_bytes(args);
     const uint32_t local = local_full() + 8 * (own_stages + receive_stages);
+    if (args.tuning.mixed != 0) return send + local;
     return send > local ? send : local;
   }
 };
@@ -86,7 +93,7 @@ struct Share {
       : first(warp * ctas + cta), step(warps * ctas) {}
 };
 
-template <Payload kPayload, bool kStaging>
+template <Payload kPayload, Way kWay>
 __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
                           uint32_t warp, const Share& share, uint32_t staging_slab) {
   const Tuning& tuning = d.args.tuning;
@@ -101,8 +108,8 @@ __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t
   const Outbox box{
       reinterpret_cast<uint8_t**>(outbox) + warp * ranks,
       reinterpret_cast<int32_t*>(outbox + 8 * tuning.send_warps * ranks) + warp * ranks};
-  SendWork<kPayload, kStaging ? Way::kStaging : Way::kPeers> work(
-      d, shared.send_numbers, shared.send_piece, box, share.first, share.step, staging_slab);
+  SendWork<kPayload, kWay> work(d, shared.send_numbers, shared.send_piece, box, share.first,
+                                share.step, staging_slab);
   pump(ring, work);
 }
 
@@ -175,10 +182,21 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   constexpr bool kStaging = kPart != Part::kAll;
 
   if (kSends && cta == 0 && warp + 1 == blockDim.x / 32) send_permits(d);
-  if (cta < t.send_ctas) {
+  if (kPart == Part::kAll && t.mixed != 0) {
+    const uint32_t ctas = args.launch.ctas;
+    if (warp < t.send_warps) {
+      const Share share(warp, t.send_warps, cta, ctas);
+      send_role<kPayload, Way::kEverywhere>(d, shared, memory, warp, share, staging_slab);
+    } else {
+      const uint32_t receiver = warp - t.send_warps;
+      receive_role<kStaging>(d, shared, memory + shared.send_bytes(args), receiver,
+                             Share(receiver, t.receive_warps, cta, ctas));
+    }
+  } else if (cta < t.send_ctas) {
     if (kSends && warp < t.send_warps) {
       const Share share(warp, t.send_warps, cta, t.send_ctas);
-      send_role<kPayload, kStaging>(d, shared, memory, warp, share, staging_slab);
+      send_role<kPayload, kStaging ? Way::kStaging : Way::kPeers>(d, shared, memory, warp, share,
+                                                                  staging_slab);
     }
   } else {
     const uint32_t local_cta = cta - t.send_ctas, ctas = args.launch.ctas - t.send_ctas;

@@ -156,9 +156,9 @@ struct Outbox {
       shifts;  // [R], shared, of this warp: from the row in token layout to the row in the slab
 };
 
-// Which of a token's destinations a warp serves: other ranks, those by way of the staging slab, or
-// this rank itself.
-enum class Way { kPeers, kStaging, kOwn };
+// Which of a token's destinations a warp serves: other ranks, those by way of the staging slab,
+// this rank itself, or other ranks and this one.
+enum class Way { kPeers, kStaging, kOwn, kEverywhere };
 
 // Sends runs `first`, `first + step`, ... of this rank's tokens.
 template <Payload kPayload, Way kWay>
@@ -192,7 +192,7 @@ class SendWork {
       if (!bulk_weights())
         d_.copy_weight(numbers_.weights(extra), lane_, weights_of(token_), lane_);
     }
-    const int32_t own = kWay == Way::kOwn ? own_row() : -1;
+    const int32_t own = kToOutput ? own_row() : -1;
     const uint32_t bytes = min(piece_bytes_, d_.args.in_bytes - offset_);
     if (lane_ == 0) {
       numbers_.header(extra)[0] = token_;
@@ -227,7 +227,7 @@ class SendWork {
   __device__ void store(Ring& ring, uint32_t stage) {
     uint8_t* extra = ring.extra(stage);
     const uint32_t token = numbers_.header(extra)[0], offset = numbers_.header(extra)[1];
-    if (kWay != Way::kOwn && token / run_length_ != run_) begin_run(token / run_length_);
+    if (kToSlabs && token / run_length_ != run_) begin_run(token / run_length_);
     if (failed_) return;
     ++steps_of_run_;
 
@@ -254,8 +254,12 @@ class SendWork {
       __syncwarp();
     }
 
-    if constexpr (kWay == Way::kOwn) {
+    if constexpr (kToSlabs) {
+      store_to_slabs(ring, stage, piece, first_scale, num_scales, with_weights);
+    }
+    if constexpr (kToOutput) {
       const int32_t own = numbers_.rank(extra)[d_.me()];
+      if (own < 0) return;
       store_to_output(d_, numbers_, ring.piece(stage), extra, own, piece);
       if (num_scales != 0) {
         store_scales_to_output(d_, numbers_, extra, own, first_scale, num_scales,
@@ -265,14 +269,12 @@ class SendWork {
         const bool here = lane_ < d_.top_k() && numbers_.owner(extra)[lane_] == int32_t(d_.me());
         store_weights_to_output(d_, numbers_, extra, own, here);
       }
-    } else {
-      store_to_slabs(ring, stage, piece, first_scale, num_scales, with_weights);
     }
   }
 
   // Nothing is in flight and nothing is left: the last runs are complete.
   __device__ bool wait() {
-    if (failed_ || kWay != Way::kPeers) return false;
+    if (failed_ || !kTells) return false;
     ptx::bulk_wait_group<0>();
     publish(previous_run_);
     publish(run_);
@@ -281,11 +283,14 @@ class SendWork {
 
  private:
   static constexpr uint32_t kNoRun = ~0u;
+  static constexpr bool kToSlabs = kWay != Way::kOwn;
+  static constexpr bool kToOutput = kWay == Way::kOwn || kWay == Way::kEverywhere;
+  static constexpr bool kTells = kWay == Way::kPeers || kWay == Way::kEverywhere;
 
   __device__ bool goes_anywhere() const {
     if (kWay == Way::kOwn) return own_row() >= 0;
-    const bool low = slots_[0] >= 0 && lane_ != d_.me();
-    const bool high = slots_[1] >= 0 && lane_ + 32 != d_.me();
+    const bool low = slots_[0] >= 0 && (kToOutput || lane_ != d_.me());
+    const bool high = slots_[1] >= 0 && (kToOutput || lane_ + 32 != d_.me());
     return __any_sync(~0u, low || high) != 0;
   }
 
@@ -361,7 +366,7 @@ class SendWork {
     }
     // All but the groups of the run that has just ended have arrived: the run before it is
     // complete.
-    if (kWay == Way::kPeers && previous_run_ != kNoRun) {
+    if (kTells && previous_run_ != kNoRun) {
       bulk_wait_group_at_most(steps_of_run_);
       publish(previous_run_);
     }
@@ -395,7 +400,7 @@ class SendWork {
   // seen; __syncwarp brings them before the release. Nothing goes to a peer by ordinary stores: the
   // release would wait for them, behind all that is queued for the link.
   __device__ void publish(uint32_t run) {
-    if (kWay != Way::kPeers || run == kNoRun) return;
+    if (!kTells || run == kNoRun) return;
     __syncwarp();
     for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
       if (to == d_.me()) continue;

@@ -49,6 +49,15 @@ def dispatch(
     x: Tensor, topk_weights: Tensor | None, call: DispatchCall, anchor: Tensor = ANCHOR
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Differentiable :meth:`Transport.dispatch`; returns tokens, scales, weights, grad_carrier."""
+    if not torch.is_grad_enabled():
+        rows = call.transport.dispatch(
+            x if call.scales is None else Quantized(x, call.scales),
+            topk_weights,
+            call.handle,
+            fp8=call.fp8,
+            pow2_scales=call.pow2_scales,
+        )
+        return *rows, None
     return _Dispatch.apply(x, topk_weights, anchor, call)
 
 
@@ -61,6 +70,8 @@ def combine(
     anchor: Tensor = ANCHOR,
 ) -> Tensor:
     """Differentiable :meth:`Transport.combine`."""
+    if not torch.is_grad_enabled():
+        return transport.combine(rows, handle, weights=weights, bias=bias)[0]
     return _Combine.apply(rows, weights, bias, anchor, transport, handle)
 
 

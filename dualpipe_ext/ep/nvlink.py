@@ -5,6 +5,8 @@ Shapes: T tokens of this rank, H hidden, R ranks, K top-k, N rows in token layou
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dualpipe_ext.ep import kernel_calls, tuning
@@ -25,9 +27,11 @@ class NVLinkTransport(PeerTransport):
     def unavailable(cls, config: TransportConfig) -> str | None:
         if config.num_sms == 0:
             return "num_sms=0 leaves it no SM"
-        if config.num_sms == 1 and config.num_ranks > 1:
-            return "num_sms=1 leaves it no SM beside the one that sends"
         return super().unavailable(config)
+
+    def __init__(self, config: TransportConfig) -> None:
+        super().__init__(config)
+        self._tunings: dict[tuple[object, ...], Any] = {}
 
     def dispatch(
         self,
@@ -50,9 +54,7 @@ class NVLinkTransport(PeerTransport):
                 calls,
                 part="all",
                 **kernel_calls.dispatch_sizes(source),
-                tuning=tuning.for_dispatch(
-                    source, handle, in_slab, self.num_sms, self.config
-                ).as_core(self.core),
+                tuning=self._dispatch_tuning(source, handle, in_slab),
                 staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),
@@ -82,9 +84,7 @@ class NVLinkTransport(PeerTransport):
                 part="all",
                 **kernel_calls.combine_sizes(source, handle),
                 weighted=any(weighted for _, weighted in items),
-                tuning=tuning.for_combine(source, handle, self.num_sms, self.config).as_core(
-                    self.core
-                ),
+                tuning=self._combine_tuning(source, handle),
                 staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),
@@ -93,3 +93,19 @@ class NVLinkTransport(PeerTransport):
         call = kernel_calls.combine_call(self, source, handle, output)
         self.together((call, weights is not None), act)
         return output.y, output.token_weights
+
+    def _dispatch_tuning(
+        self, source: kernel_calls.DispatchInput, handle: PeerHandle, in_slab: bool
+    ) -> Any:
+        key = (source.payload, source.in_bytes, source.out_bytes, handle.layout, in_slab)
+        if key not in self._tunings:
+            tuned = tuning.for_dispatch(source, handle, in_slab, self.num_sms, self.config)
+            self._tunings[key] = tuned.as_core(self.core)
+        return self._tunings[key]
+
+    def _combine_tuning(self, source: kernel_calls.CombineInput, handle: PeerHandle) -> Any:
+        key = (source.row_bytes, handle.layout)
+        if key not in self._tunings:
+            tuned = tuning.for_combine(source, handle, self.num_sms, self.config)
+            self._tunings[key] = tuned.as_core(self.core)
+        return self._tunings[key]

@@ -349,4 +349,5 @@ class PeerTransport(Transport):
         """Rows of a free slab, if there is one; it is free again when they are gone."""
         if num_rows > self.config.num_ranks * self.config.max_tokens:
             return None
-        return self._slabs.take(num_rows, self.config.hidden * dtype.itemsize)
+        row_bytes = self.config.hidden * dtype.itemsize
+        return self._slabs.take(num_rows, row_bytes, with_scales=dtype == torch.float8_e4m3fn)

@@ -38,7 +38,7 @@ class SlabPool:
         self._scale_pitch = scale_pitch
         self._free = list(slabs)
 
-    def take(self, num_rows: int, row_bytes: int) -> SlabRows | None:
+    def take(self, num_rows: int, row_bytes: int, *, with_scales: bool) -> SlabRows | None:
         """Rows of a free slab, if there is one; it is free again when they are gone."""
         if not self._free:
             return None
@@ -50,8 +50,9 @@ class SlabPool:
             memory = _Region(address, num_rows * pitch, lease)
             return torch.as_tensor(memory, device=self._memory.device).view(num_rows, pitch)
 
-        scales = tensor("scales", self._scale_pitch) if self._scale_pitch else None
-        return SlabRows(index, tensor("rows", -(-row_bytes // 128) * 128), scales)
+        rows = tensor("rows", -(-row_bytes // 128) * 128)
+        scales = tensor("scales", self._scale_pitch) if with_scales else None
+        return SlabRows(index, rows, scales)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,6 +8,7 @@ Shapes: R ranks, K top-k.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,13 @@ from dualpipe_ext.ep.transport import TransportConfig
 # GB/s of one SM.
 _TO_PEER = 43.0
 _TO_MEMORY = 48.0
-_FROM_MEMORY = 65.0
-# The link is full with this many SMs; more would only take turns.
-_MOST_SENDERS = 14
+_FROM_MEMORY = 130.0
+# The link is full with fewer SMs; more only bring a few percent.
+_MOST_SENDERS = 32
+# With fewer SMs, a share of them for each role leaves too few for one: all do all.
+_FEW_SMS = 16
+# With more, rows that only have to stay in the slab go faster if all SMs do all.
+_MANY_SMS = 48
 # Shared memory of an SM that stages may take; the rest is for the lists beside them.
 _STAGE_BYTES = 216 * 1024
 # Pieces in flight of a warp; more bring nothing.
@@ -42,6 +47,7 @@ class Tuning:
     receive_stages: int = 0
     send_piece: int = _PIECE
     receive_piece: int = _PIECE
+    mixed: bool = False
 
     def as_core(self, core: Any) -> Any:
         """As the core takes it."""
@@ -55,54 +61,79 @@ class Tuning:
             receive_stages=self.receive_stages,
             send_piece=self.send_piece,
             receive_piece=self.receive_piece,
+            mixed=self.mixed,
         )
 
 
 def for_dispatch(
     source: DispatchInput, handle: Handle, in_slab: bool, num_sms: int, config: TransportConfig
 ) -> Tuning:
-    """Some SMs send, the others do what stays on the GPU."""
+    """Some SMs send, the others do what stays on the GPU; or all SMs do all."""
+    fp8 = source.num_scales > 0
+    if fp8 or num_sms < _FEW_SMS or (in_slab and num_sms >= _MANY_SMS):
+        return _mixed_dispatch(source, in_slab, config)
     reached = _ranks_reached(config)
     own = reached / config.num_ranks
     if handle.layout == "expert":
         local = config.top_k / _TO_MEMORY
     else:
         local = (own if in_slab else reached) / _TO_MEMORY
-    senders = _senders(num_sms, (reached - own) / _TO_PEER, local, config)
-    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
+    stage = _stage_bytes(source.in_bytes, _PIECE, source.num_scales, config)
+    receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    own_warps, receive_warps = (8, 2) if in_slab else (4, 6)
+    room = _STAGE_BYTES if in_slab else _STAGE_BYTES // 2
+    return Tuning(
+        _senders(num_sms, (reached - own) / _TO_PEER, local, config),
+        8,
+        _stages(_STAGE_BYTES, 8, stage),
+        own_warps,
+        _stages(room, own_warps, stage),
+        receive_warps,
+        0 if in_slab else _stages(room, receive_warps, receive_stage),
+    )
+
+
+def _mixed_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfig) -> Tuning:
+    """A row is read, and quantised, once: by the SM that sends it everywhere."""
+    piece, warps = (_QUANTISED_PIECE, 16) if _quantises(source) else (_PIECE, 8)
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
     receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    own_share = 1.0 if in_slab else 0.5
-    own_warps = warps if in_slab else warps // 2
-    receive_warps = 2 if in_slab else 6
+    receive_warps, receive_stages = (2, 0) if in_slab else (4, 2)
+    room = _STAGE_BYTES - receive_warps * receive_stages * receive_stage
+    while warps > 1 and 2 * warps * stage > room:
+        warps -= 1
     return Tuning(
-        senders,
+        0,
         warps,
-        _stages(_STAGE_BYTES, warps, stage),
-        own_warps,
-        _stages(int(_STAGE_BYTES * own_share), own_warps, stage),
-        receive_warps,
-        0 if in_slab else _stages(_STAGE_BYTES // 2, receive_warps, receive_stage),
+        _stages(room, warps, stage),
+        receive_warps=receive_warps,
+        receive_stages=receive_stages,
         send_piece=piece,
+        mixed=True,
     )
 
 
 def for_combine(
     source: CombineInput, handle: Handle, num_sms: int, config: TransportConfig
 ) -> Tuning:
-    """Some SMs send, the others sum."""
+    """Some SMs send, the others sum; or all SMs do both."""
+    stage = _stage_bytes(source.row_bytes, _PIECE, 0, config)
+    expert = handle.layout == "expert"
+    if num_sms < _FEW_SMS:
+        if expert:
+            return Tuning(0, send_warps=8, receive_warps=8, mixed=True)
+        return Tuning(0, 4, _stages(_STAGE_BYTES, 4, stage), receive_warps=16, mixed=True)
     reached = _ranks_reached(config)
     own = reached / config.num_ranks
     send, local = (reached - own) / _TO_PEER, reached / _FROM_MEMORY + 1 / _TO_MEMORY
-    if handle.layout == "expert":
+    if expert:
         own_experts = config.top_k / config.num_ranks
         send += (config.top_k - own_experts) / _FROM_MEMORY
         local += own_experts / _FROM_MEMORY
-    senders = _senders(num_sms, send, local, config, most=num_sms)
-    if handle.layout == "expert":
+        senders = _senders(num_sms, send, local, config, most=num_sms)
         return Tuning(senders, send_warps=16, receive_warps=16)
-    stages = _stages(_STAGE_BYTES, 8, _stage_bytes(source.row_bytes, _PIECE, 0, config))
-    return Tuning(min(senders, _MOST_SENDERS), 8, stages, receive_warps=16)
+    senders = _senders(num_sms, send, local, config)
+    return Tuning(senders, 8, _stages(_STAGE_BYTES, 8, stage), receive_warps=20)
 
 
 def for_pack(source: DispatchInput, num_sms: int, config: TransportConfig) -> Tuning:
@@ -152,7 +183,7 @@ def _senders(
     """SMs that send, if a token costs them ``send`` and the others ``local``."""
     if config.num_ranks == 1:
         return 0
-    return max(1, min(most, num_sms - 1, round(num_sms * send / (send + local))))
+    return max(1, min(most, num_sms - 1, math.ceil(num_sms * send / (send + local))))
 
 
 def _quantises(source: DispatchInput) -> bool:
