@@ -60,7 +60,10 @@ class Sizes:
 def balanced_phy2log(
     loads: Tensor, sizes: Sizes, *, current: Tensor | None = None, tolerance: float = 0.0
 ) -> Tensor:
-    """Plan all layers.
+    """Plan all layers; on the CPU, wherever the loads are.
+
+    A step of the search is dozens of small operations whose outcome decides about the next one: a
+    GPU would launch and wait. So loads are copied from there and the plan back.
 
     Args:
         loads: [L, E] float32, finite and not negative.
@@ -71,6 +74,10 @@ def balanced_phy2log(
     Returns:
         [L, S] int64, the expert in every slot.
     """
+    if loads.device.type != "cpu":
+        now = None if current is None else current.cpu()
+        plan = balanced_phy2log(loads.cpu(), sizes, current=now, tolerance=tolerance)
+        return plan.to(loads.device)
     loads = normalise(loads)
     plan = _fresh(loads, sizes)
     if current is None:
