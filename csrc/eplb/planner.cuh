@@ -1,15 +1,17 @@
 // The planner for one problem by one CTA: a layer's share of one node.
 //
-// Cycles, estimated for 58 layers x 256 experts (Hopper, 1.7 GHz; a round of the serial loops is a
-// chain of a tree over registers, redux, ballot and select):
+// Cycles, estimated for 256 experts (1.7 GHz; a round of a serial loop is one dependent chain: a
+// tree over registers, redux, ballot, select, and for a replica an IEEE division):
 //
-//   slots / nodes / GPUs        288 / 4 / 32   288 / - / 144   576 / - / 288   320 / - / 320 (61)
-//   load, sum groups                  1,500          1,000           1,000           1,000
-//   groups to nodes             800 + 4 x 70              -               -               -
-//   replicate                        8 x 100       32 x 110       320 x 110        64 x 110
-//   sort                              1,200          2,500           4,500               -
-//   pack                            64 x 70          1,000           1,500               -
-//   write                             1,000          1,000           2,000           1,000
+//   layers                              58             58             58             61
+//   slots / nodes / GPUs      288 / 4 / 32  288 / - / 144  576 / - / 288  320 / - / 320
+//   load, sum groups                 1,500          1,000          1,000          1,000
+//   groups to nodes           800 + 4 x 70              -              -              -
+//   replicate                      8 x 130       32 x 140      320 x 140       64 x 140
+//   sort                             1,200          2,500          4,500              -
+//   pack                           64 x 70          1,000          1,500              -
+//   write                            1,000          1,000          2,000          1,000
+//   microseconds                         6              6             32              6
 #pragma once
 
 #include <cstdint>

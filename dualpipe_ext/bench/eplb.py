@@ -2,8 +2,8 @@
 
 Protocol: lognormal loads (sigma 1). Before anything is timed, the maps of all planners are
 compared bit for bit: the kernel with and without reading back, torch on the CPU, NumPy with all
-layers together, and loops. Then rounds, in each of which every planner is timed once, so that a drifting
-clock meets all alike; of the rounds the percentiles are reported.
+layers together, and loops. Then rounds, in each of which every planner is timed once, so that a
+drifting clock meets all alike; of the rounds the percentiles are reported.
 
 - kernel: loads on the GPU to maps on the GPU, from a CUDA graph of ``_CALLS`` plans that is
   replayed between two events; per plan. What a training step would add to its own graph.

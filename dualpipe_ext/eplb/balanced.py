@@ -91,8 +91,11 @@ def balanced_phy2log(
 def lowest_load(loads: Tensor, sizes: Sizes) -> Tensor:
     """A provable bound: some GPU has at least so much in any plan, [L] float64.
 
-    It is relative to the layer's largest load, as ``normalise`` makes them.
+    It is relative to the layer's largest load, as ``normalise`` makes them. Found on the CPU, as the
+    plan is.
     """
+    if loads.device.type != "cpu":
+        return lowest_load(loads.cpu(), sizes).to(loads.device)
     loads = normalise(loads)
     _, bound = best_grouping(_group_loads(loads, sizes.num_groups), sizes.num_nodes)
     return _lowest(loads, bound, sizes)
