@@ -70,7 +70,7 @@ def test_layout_tells_what_is_where():
     regions = layout.regions()
     assert regions["state"] == (0, 128)
     assert regions["barrier_flags"] == (128, 8 * 128)
-    assert regions["counts"][1] == 8 * 256 * 4
+    assert regions["permits"] == (9 * 128, 8 * 128)
     assert regions["rows"] == (layout.slab_offset(0), 8 * 4096 * 14336)
     assert layout.bytes == layout.slab_offset(1) + layout.slab_bytes
     # Row by row it is the payload that counts: under 1% for everything else.

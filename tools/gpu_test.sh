@@ -41,9 +41,15 @@ run() {  # run NAME COMMAND...: its output also goes to NAME.log
 
 status=0
 if [[ ${1:-test} == sanitize ]]; then
+  # A plan by node, one in pairs, one with 16 GPUs to a lane: every path of the planner.
+  planner=tests/gpu/test_eplb_planner.py
+  plans=("$planner::test_replica_ranks")
+  for sizes in 256-sizes1 160-sizes5; do
+    plans+=("$planner::test_real_shapes_and_limits[$sizes-lognormal]")
+  done
   for tool in memcheck racecheck; do
     run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -p no:cacheprovider tests/gpu/test_core.py || status=1
+      "$python" -m pytest -p no:cacheprovider tests/gpu/test_core.py "${plans[@]}" || status=1
   done
 else
   run gpu "$python" -m pytest -p no:cacheprovider -rs -m gpu tests || status=1

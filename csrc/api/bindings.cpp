@@ -11,6 +11,7 @@
 #include "api/device.h"
 #include "api/ep_bindings.h"
 #include "api/error_channel.h"
+#include "api/planner.h"
 #include "api/workspace.h"
 #include "comm/barrier.h"
 
@@ -148,6 +149,41 @@ void bind_comm(py::module_& m) {
         py::arg("first_rank"), py::arg("num_local"), py::arg("timeout_ns"), py::arg("stream"));
 }
 
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_eplb(py::module_& m) {
+  m.attr("MAX_PLANNER_EXPERTS") = kMaxPlannerExperts;
+  m.attr("MAX_PLANNER_SLOTS") = kMaxPlannerSlots;
+  m.attr("MAX_PLANNER_GPUS") = kMaxPlannerGpus;
+  py::class_<PlannerSizes>(m, "PlannerSizes")
+      .def(py::init([](uint32_t num_layers, uint32_t num_experts, uint32_t num_slots,
+                       uint32_t num_groups, uint32_t num_nodes, uint32_t num_gpus) {
+             const PlannerSizes sizes{num_layers, num_experts, num_slots,
+                                      num_groups, num_nodes,   num_gpus};
+             check_planner_sizes(sizes);
+             return sizes;
+           }),
+           py::kw_only(), py::arg("num_layers"), py::arg("num_experts"), py::arg("num_slots"),
+           py::arg("num_groups"), py::arg("num_nodes"), py::arg("num_gpus"));
+  m.def(
+      "plan_experts",
+      [](const PlannerSizes& sizes, uint64_t loads, uint64_t phy2log, uint64_t replica,
+         uint64_t log2phy, uint64_t logcnt, uint64_t status, uint32_t width, float max_load,
+         float suspect_load, uint64_t stream) {
+        plan_experts(
+            {sizes, PlannerLayout{}, pointer<const float>(loads), max_load, suspect_load, width,
+             pointer<int64_t>(phy2log), pointer<int64_t>(replica), pointer<int64_t>(log2phy),
+             pointer<int64_t>(logcnt), pointer<int32_t>(status)},
+            stream);
+      },
+      py::arg("sizes"), py::kw_only(), py::arg("loads"), py::arg("phy2log"), py::arg("replica"),
+      py::arg("log2phy"), py::arg("logcnt"), py::arg("status"), py::arg("width"),
+      py::arg("max_load"), py::arg("suspect_load"), py::arg("stream"));
+}
+
 }  // namespace
 }  // namespace dualpipe
 
@@ -157,4 +193,5 @@ PYBIND11_MODULE(_C, m) {
   dualpipe::bind_workspace(m);
   dualpipe::bind_comm(m);
   dualpipe::bind_ep(m);
+  dualpipe::bind_eplb(m);
 }

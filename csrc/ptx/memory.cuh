@@ -43,7 +43,8 @@ __device__ __forceinline__ uint4 ld_nc_once_v4(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return v;
 }
 

@@ -198,6 +198,38 @@ def _ranks(ranks: int | None, virtual_ranks: int | None, device: str) -> tuple[i
     return ranks, False
 
 
+@app.command()
+def eplb(
+    context: typer.Context,
+    rounds: Annotated[int, typer.Option(help="Numbers per planner.")] = 20,
+    balance: Annotated[bool, typer.Option(help="Also make the balanced plans.")] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append rows to this CSV file. "
+            "[default: benchmarks/results/eplb.csv in the repository, else ./eplb.csv]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
+) -> None:
+    """Time the planner kernel against NumPy and plain loops; show the balance of its plans."""
+    if rounds < 1:
+        raise ValueError(f"expected --rounds of at least 1, got {rounds}")
+    from dualpipe_ext.bench.eplb import CASES, measure, print_rows
+    from dualpipe_ext.bench.record import append, results_file
+
+    target = results_file("eplb") if output is None else output
+    check_target(target)
+    rows = [measure(case, rounds=rounds, balance=balance) for case in CASES]
+    append(target, _command(context), rows)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        print_rows(rows)
+        typer.echo(f"Wrote {target}")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
@@ -234,7 +266,7 @@ def _target(output: Path | None) -> Path:
 
 def _command(context: typer.Context) -> str:
     """What to type to measure the same again: the options that were given, but for outputs."""
-    words = ["dualpipe", "bench", "ep"]
+    words = ["dualpipe", "bench", context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name
         source = context.get_parameter_source(name)

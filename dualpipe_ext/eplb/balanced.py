@@ -60,7 +60,10 @@ class Sizes:
 def balanced_phy2log(
     loads: Tensor, sizes: Sizes, *, current: Tensor | None = None, tolerance: float = 0.0
 ) -> Tensor:
-    """Plan all layers.
+    """Plan all layers; on the CPU, wherever the loads are.
+
+    A step of the search is dozens of small operations whose outcome decides about the next one: a
+    GPU would launch and wait. So loads are copied from there and the plan back.
 
     Args:
         loads: [L, E] float32, finite and not negative.
@@ -71,6 +74,10 @@ def balanced_phy2log(
     Returns:
         [L, S] int64, the expert in every slot.
     """
+    if loads.device.type != "cpu":
+        now = None if current is None else current.cpu()
+        plan = balanced_phy2log(loads.cpu(), sizes, current=now, tolerance=tolerance)
+        return plan.to(loads.device)
     loads = normalise(loads)
     plan = _fresh(loads, sizes)
     if current is None:
@@ -84,8 +91,11 @@ def balanced_phy2log(
 def lowest_load(loads: Tensor, sizes: Sizes) -> Tensor:
     """A provable bound: some GPU has at least so much in any plan, [L] float64.
 
-    It is relative to the layer's largest load, as ``normalise`` makes them.
+    It is relative to the layer's largest load, as ``normalise`` makes them. Found on the CPU, as
+    the plan is.
     """
+    if loads.device.type != "cpu":
+        return lowest_load(loads.cpu(), sizes).to(loads.device)
     loads = normalise(loads)
     _, bound = best_grouping(_group_loads(loads, sizes.num_groups), sizes.num_nodes)
     return _lowest(loads, bound, sizes)

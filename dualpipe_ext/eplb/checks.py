@@ -11,27 +11,37 @@ import torch
 from torch import Tensor
 
 # Far from float32's largest number (3.4e38), so that no sum of loads can round up to infinity.
-_MAX_LAYER_LOAD = 1e38
+MAX_LAYER_LOAD = 1e38
 
 
-def checked_loads(weight: Tensor, *, sync: bool) -> Tensor:
-    """``weight`` as float32, either checked (which waits for the device) or clamped."""
+def float_loads(weight: Tensor) -> Tensor:
+    """``weight`` as contiguous float32 [L, E]; its values are not looked at."""
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
         got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"expected weight as a tensor [layers, experts], got {got}")
     if weight.is_complex():
         raise ValueError(f"expected weight of a real dtype, got {weight.dtype}")
-    loads = weight.detach().float().contiguous()
+    return weight.detach().float().contiguous()
+
+
+def clamp_limit(num_experts: int) -> float:
+    """What larger loads count as where they are clamped: so much of every expert is valid."""
+    return MAX_LAYER_LOAD / num_experts
+
+
+def checked_loads(weight: Tensor, *, sync: bool) -> Tensor:
+    """``weight`` as float32, either checked (which waits for the device) or clamped."""
+    loads = float_loads(weight)
     if not sync:
-        most = _MAX_LAYER_LOAD / loads.shape[1]
+        most = clamp_limit(loads.shape[1])
         return loads.nan_to_num(nan=0.0, posinf=most).clamp_(0.0, most)
     # Written so that NaN fails both comparisons; one read back for the two of them.
-    valid = torch.stack([loads.min() >= 0, loads.sum(1).max() <= _MAX_LAYER_LOAD])
+    valid = torch.stack([loads.min() >= 0, loads.sum(1).max() <= MAX_LAYER_LOAD])
     if not bool(valid.all()):
         bad = ~((loads >= 0) & loads.isfinite())
         if not bool(bad.any()):
             raise ValueError(
-                f"expected loads that sum to at most {_MAX_LAYER_LOAD:g} in a layer, "
+                f"expected loads that sum to at most {MAX_LAYER_LOAD:g} in a layer, "
                 f"got {float(loads.double().sum(1).max()):g}"
             )
         layer, expert = (int(i) for i in bad.nonzero()[0])

@@ -25,8 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dualpipe_ext.eplb import on_device
 from dualpipe_ext.eplb.balanced import Sizes, balanced_phy2log
-from dualpipe_ext.eplb.checks import checked_loads, checked_sizes
+from dualpipe_ext.eplb.checks import checked_loads, checked_sizes, float_loads
 from dualpipe_ext.eplb.placement import Placement
 
 POLICIES = ("reference", "balanced")
@@ -44,7 +45,11 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan replicas and their slots from loads, with DeepSeek's signature, order and result.
 
-    The work is done on the device of ``weight``, for all layers at once.
+    The maps are on the device of ``weight``, and the same whatever that is. With the CUDA core, the
+    reference policy plans on a Hopper GPU in one launch: at most 1024 experts, 2048 slots and 512
+    GPUs. Otherwise loads on a GPU are copied to the CPU and the maps back, except with
+    ``sync=False``, which stays on the device, one small launch after the other. The balanced policy
+    plans on the CPU.
 
     Args:
         weight: [L, E] load of every logical expert (tokens, say), any real dtype, not negative.
@@ -55,9 +60,10 @@ def rebalance_experts(
         policy: "reference" gives DeepSeek's result; "balanced" a better one (``balanced.py``). To
             start from a placement in force, and to know how good a plan is, use
             :func:`~dualpipe_ext.eplb.plan_placement`.
-        sync: ``False`` reads nothing back from the device: loads are clamped into the valid range
-            instead of being checked, and X is ``S - E + 1``, the most it can be. Only for the
-            reference policy: refinement must know when it is done.
+        sync: ``False`` reads nothing back from the device, and can be captured into a CUDA graph:
+            loads are clamped into the valid range instead of being checked (NaN and negative ones
+            to 0, an infinite one to 1e38 / E), and X is ``S - E + 1``, the most it can be. Only
+            for the reference policy: refinement must know when it is done.
 
     Returns:
         - phy2log [L, S] int64: the expert in every slot.
@@ -74,15 +80,39 @@ def rebalance_experts(
         raise ValueError(f"expected a policy of {', '.join(POLICIES)}, got {policy!r}")
     if policy == "balanced" and not sync:
         raise ValueError("expected sync=True with policy='balanced', got sync=False")
-    loads = checked_loads(weight, sync=sync)
-    num_layers, num_experts = loads.shape
-    num_groups, num_nodes = checked_sizes(
-        num_experts, num_replicas, num_groups, num_nodes, num_gpus
-    )
+    loads = float_loads(weight)
+    num_experts = loads.shape[1]
+    groups_and_nodes = checked_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    sizes = Sizes(num_replicas, *groups_and_nodes, num_gpus)
     if policy == "balanced":
-        sizes = Sizes(num_replicas, num_groups, num_nodes, num_gpus)
+        loads = checked_loads(weight, sync=True)
         placement = Placement.from_phy2log(balanced_phy2log(loads, sizes), num_experts)
         return placement.phy2log, placement.log2phy, placement.logcnt
+    if on_device.usable(loads.device, num_experts, sizes):
+        return _plan_by_kernel(weight, loads, sizes, sync)
+    loads = checked_loads(weight, sync=sync)
+    if loads.is_cuda and sync:
+        maps = _plan(loads.cpu(), sizes, sync=True)
+        return tuple(tensor.to(loads.device) for tensor in maps)
+    return _plan(loads, sizes, sync=sync)
+
+
+def _plan_by_kernel(
+    weight: Tensor, loads: Tensor, sizes: Sizes, sync: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_experts = loads.shape[1]
+    if not sync:
+        maps = on_device.plan_clamped(loads, sizes, sizes.num_slots - num_experts + 1)
+        return maps.phy2log, maps.log2phy, maps.logcnt
+    maps, width = on_device.plan_checked(weight, loads, sizes)
+    return maps.phy2log, _invert(maps.phy2log, maps.replica, num_experts, width), maps.logcnt
+
+
+def _plan(loads: Tensor, sizes: Sizes, *, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference policy in torch: all layers at once, one round of the rules at a time."""
+    num_layers, num_experts = loads.shape
+    num_replicas, num_groups = sizes.num_slots, sizes.num_groups
+    num_nodes, num_gpus = sizes.num_nodes, sizes.num_gpus
     expert_at = _pack_groups_to_nodes(loads, num_groups, num_nodes)  # [L, E], node by node
     node_loads = loads.gather(1, expert_at).view(num_layers * num_nodes, -1)
     member, replica, count = _replicate(node_loads, num_replicas // num_nodes)

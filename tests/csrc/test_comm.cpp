@@ -25,6 +25,9 @@ void epochs_compare_across_the_wrap() {
 
 void phases_have_names() {
   CHECK(std::strcmp(phase_name(Phase::kBarrier), "barrier") == 0);
+  CHECK(std::strcmp(phase_name(Phase::kRoute), "route") == 0);
+  CHECK(std::strcmp(phase_name(Phase::kDispatchPermit), "dispatch (permission)") == 0);
+  CHECK(std::strcmp(phase_name(Phase::kCombineRows), "combine (rows)") == 0);
   CHECK(std::strcmp(phase_name(static_cast<Phase>(999)), "unknown") == 0);
 }
 

@@ -12,14 +12,16 @@ using namespace dualpipe;
 namespace {
 
 // 8 ranks, 256 experts, top-8, 4096 tokens of 7168 bfloat16 values.
-constexpr WorkspaceShape kShape{8, 256, 8, 4096, 14336, 0, 2};
+constexpr WorkspaceShape kShape{8, 256, 8, 4096, 14336, 0, 4, 2};
 constexpr WorkspaceLayout kLayout = make_workspace_layout(kShape);
 
 static_assert(kLayout.slab.row_pitch == 14336);
 static_assert(kLayout.slab.rows.bytes() == uint64_t{8} * 4096 * 14336);
 static_assert(kLayout.slab.scales.bytes() == 0);
-static_assert(kLayout.slab.expert_ids.count == 8 * 4096 * 8);
-static_assert(kLayout.counts.count == 8 * 256);
+static_assert(kLayout.slab.weights.bytes() == 8 * 4096 * 8 * 4);
+// Twice, by turns; every part of every rank has its tokens for each rank and for each expert.
+static_assert(kLayout.counts.count == 2 * 8 * kRouteParts * (RouteCounts::kHeader + 8 + 256));
+static_assert(kLayout.ids.count == 2 * 8 * 4096 * 8);
 
 struct Span {
   uint64_t begin, end;
@@ -31,22 +33,25 @@ Span span(uint64_t start, const Region<T>& region) {
 }
 
 std::vector<Span> spans(const WorkspaceLayout& layout, uint64_t num_slabs) {
-  std::vector<Span> all = {span(0, layout.control.state), span(0, layout.control.barrier_flags),
+  std::vector<Span> all = {span(0, layout.control.state),
+                           span(0, layout.control.barrier_flags),
+                           span(0, layout.control.permits),
+                           span(0, layout.control.route_flags),
+                           span(0, layout.control.run_flags),
+                           span(0, layout.ids),
                            span(0, layout.counts)};
   for (uint64_t i = 0; i < num_slabs; ++i) {
     const uint64_t slab = layout.slab_offset(i);
     all.push_back(span(slab, layout.slab.rows));
     all.push_back(span(slab, layout.slab.scales));
-    all.push_back(span(slab, layout.slab.source_tokens));
-    all.push_back(span(slab, layout.slab.expert_ids));
     all.push_back(span(slab, layout.slab.weights));
   }
   return all;
 }
 
 void regions_are_aligned_inside_and_disjoint() {
-  for (const WorkspaceShape& shape :
-       {kShape, WorkspaceShape{1, 1, 1, 1, 16, 0, 1}, WorkspaceShape{7, 14, 3, 13, 7168, 224, 3}}) {
+  for (const WorkspaceShape& shape : {kShape, WorkspaceShape{1, 1, 1, 1, 16, 0, 4, 1},
+                                      WorkspaceShape{7, 14, 3, 13, 7168, 224, 8, 3}}) {
     const WorkspaceLayout layout = make_workspace_layout(shape);
     std::vector<Span> all = spans(layout, shape.num_slabs);
     std::sort(all.begin(), all.end(), [](const Span& a, const Span& b) {
@@ -64,25 +69,38 @@ void regions_are_aligned_inside_and_disjoint() {
 }
 
 void pitches_are_padded() {
-  const WorkspaceLayout layout = make_workspace_layout({2, 2, 1, 3, 7184, 225, 1});
+  const WorkspaceLayout layout = make_workspace_layout({2, 2, 1, 3, 7184, 225, 4, 1});
   CHECK(layout.slab.row_pitch == 7296);   // 57 lines
   CHECK(layout.slab.scale_pitch == 240);  // 15 times 16 bytes
+  CHECK(layout.slab.weight_pitch == 16);
+  CHECK(layout.id_pitch == 8);
   CHECK(layout.slab.rows.bytes() == 2 * 3 * 7296);
 }
 
 void more_than_4_gib_keeps_all_bits() {
-  const WorkspaceLayout layout = make_workspace_layout({64, 256, 8, 65536, 14336, 0, 1});
+  const WorkspaceLayout layout = make_workspace_layout({64, 256, 8, 65536, 14336, 0, 4, 1});
   CHECK(layout.slab.rows.bytes() == 60129542144u);
-  CHECK(layout.slab.source_tokens.offset == 60129542144u);
+  CHECK(layout.slab.weights.offset == 60129542144u);
+}
+
+// Sender and receiver cut a rank's tokens alike, and there is a flag for every run.
+void runs_and_parts_cover_all_tokens() {
+  for (const uint32_t tokens : {0u, 1u, 3u, 128u, 1024u, 1025u, 4096u, 100003u}) {
+    CHECK(ceil_div(tokens, run_tokens(tokens)) <= max_runs(tokens < 1 ? 1 : tokens));
+    CHECK(part_tokens(tokens) * kRouteParts >= tokens);
+    CHECK(part_tokens(tokens) % kRunTokens == 0);
+  }
+  // Fewer tokens than there is room for never make more runs.
+  CHECK(max_runs(4096) >= 1024);
 }
 
 void shapes_beyond_63_bits_have_no_layout() {
   const uint64_t huge = uint64_t{1} << 60;
-  CHECK(make_workspace_layout({8, 8, 8, huge, 14336, 0, 1}).bytes == 0);
-  CHECK(make_workspace_layout({8, 8, 8, 1, UINT64_MAX - 5, 0, 1}).bytes == 0);
-  CHECK(make_workspace_layout({8, 8, 8, 1, 16, UINT64_MAX - 5, 1}).bytes == 0);
-  CHECK(make_workspace_layout({8, 8, 8, 4096, 14336, 0, huge}).bytes == 0);
-  CHECK(make_workspace_layout({8, huge, 8, 1, 16, 0, 1}).bytes == 0);
+  CHECK(make_workspace_layout({8, 8, 8, huge, 14336, 0, 4, 1}).bytes == 0);
+  CHECK(make_workspace_layout({8, 8, 8, 1, UINT64_MAX - 5, 0, 4, 1}).bytes == 0);
+  CHECK(make_workspace_layout({8, 8, 8, 1, 16, UINT64_MAX - 5, 4, 1}).bytes == 0);
+  CHECK(make_workspace_layout({8, 8, 8, 4096, 14336, 0, 4, huge}).bytes == 0);
+  CHECK(make_workspace_layout({8, huge, 8, 1, 16, 0, 4, 1}).bytes == 0);
 }
 
 }  // namespace
@@ -91,5 +109,6 @@ int main() {
   regions_are_aligned_inside_and_disjoint();
   pitches_are_padded();
   more_than_4_gib_keeps_all_bits();
+  runs_and_parts_cover_all_tokens();
   shapes_beyond_63_bits_have_no_layout();
 }

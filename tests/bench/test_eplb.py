@@ -1,0 +1,68 @@
+"""The planner benchmark checks before it measures, and its rows say what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dualpipe_ext.bench import eplb as bench
+from dualpipe_ext.bench.eplb import CASES, Case, check, measure
+from dualpipe_ext.cli.bench import app
+from dualpipe_ext.eplb import synthetic_loads
+
+SMALL = Case(2, 288, 4, 32)
+
+
+def test_rows_say_what_was_measured():
+    rows = [measure(case, rounds=2, balance=False) for case in (SMALL, Case(2, 320, 40, 320))]
+    assert [row["policy"] for row in rows] == ["hierarchical", "global"]
+    assert list(rows[0]) == list(rows[1])
+    for row in rows:
+        for name in ("torch", "numpy", "loops"):
+            assert 0 < row[f"{name}_us_p20"] <= row[f"{name}_us_p50"] <= row[f"{name}_us_p80"]
+        assert 0 < row["balance_reference"] <= row["balance_bound"] <= 1
+        assert (row["kernel_us_p50"] == "") == (not torch.cuda.is_available())
+
+
+def test_balanced_plans_are_between_the_reference_and_the_bound():
+    row = measure(SMALL, rounds=1)
+    assert row["balance_reference"] < row["balance_balanced"] <= row["balance_bound"]
+
+
+def test_the_cases_are_those_of_deepseek_v3():
+    assert [case.by_node for case in CASES] == [True, False, False, False]
+
+
+def test_a_planner_that_differs_is_found(monkeypatch):
+    def wrong(weight, *sizes):
+        maps = bench.plan_one_by_one(weight, *sizes)
+        maps[0][0, 0] = 1 - maps[0][0, 0]
+        return maps
+
+    loads = synthetic_loads("lognormal", SMALL.layers, bench.EXPERTS)
+    check(SMALL, loads)
+    monkeypatch.setattr(bench, "plan_with_numpy", wrong)
+    with pytest.raises(AssertionError, match="got others of wrong"):
+        check(SMALL, loads)
+
+
+def test_the_command_prints_every_case(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "CASES", (SMALL,))
+    target = ["--output", str(tmp_path / "rows.csv")]
+    table = CliRunner().invoke(app, ["eplb", "--rounds", "1", *target], env={"COLUMNS": "80"})
+    assert table.exit_code == 0, table.output
+    assert table.output.count("2, 288 / 4 / 32") == 2
+    found = CliRunner().invoke(
+        app,
+        ["eplb", "--rounds", "1", "--json", "--no-balance", "--output", str(tmp_path / "2.csv")],
+    )
+    (row,) = json.loads(found.output)
+    assert row["numpy_us_p50"] > 0
+    refused = CliRunner().invoke(app, ["eplb", "--rounds", "0"])
+    assert isinstance(refused.exception, ValueError)
+    first, *rest = (tmp_path / "rows.csv").read_text().splitlines()
+    assert "numpy_us_p50" in first and len(rest) == 1
+    assert "dualpipe bench eplb --rounds 1" in rest[0]
