@@ -169,8 +169,11 @@ def combine_input(
 ) -> CombineInput:
     """Dense tensors; factors in the dtype of the sums."""
     if rows.shape[0] == 0:
-        # A row that the kernel may point at, and that no sum uses.
+        # An empty tensor has no address, which kernels would take for an argument not given; and
+        # this is a row that they may point at. No sum uses it.
         rows = rows.new_zeros((1, rows.shape[1]))
+        if row_weights is not None:
+            row_weights = row_weights.new_zeros((1, *row_weights.shape[1:]))
     return CombineInput(
         rows=rows_on_16_bytes(rows),
         weights=None if weights is None else weights.to(accumulator_dtype(rows.dtype)).contiguous(),

@@ -89,6 +89,10 @@ class PeerTransport(Transport):
             slabs=range(self.transit_slabs, self.transit_slabs + config.num_slabs),
         )
         self.num_sms = config.num_sms or self.default_num_sms
+        if config.local is not None:
+            # Ranks of one launch wait for each other: all must fit the GPU at once.
+            sms = torch.cuda.get_device_properties(self._memory.own.device).multi_processor_count
+            self.num_sms = min(self.num_sms, sms // config.num_ranks)
         self._last_stream: torch.cuda.Stream | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""

@@ -103,7 +103,9 @@ class Trainer:
             num_experts=config.num_slots,
             top_k=config.model.top_k,
             max_tokens=config.micro_batch * config.seq_len,
+            dtype=DTYPES[config.dtype],
             transport=config.transport,
+            num_slabs=0,
             timeout_s=config.timeout_s,
         )
 

@@ -64,5 +64,6 @@ def test_the_command_prints_every_case(monkeypatch, tmp_path):
     refused = CliRunner().invoke(app, ["eplb", "--rounds", "0"])
     assert isinstance(refused.exception, ValueError)
     first, *rest = (tmp_path / "rows.csv").read_text().splitlines()
-    assert "numpy_us_p50" in first and len(rest) == 1
+    assert "numpy_us_p50" in first
+    assert len(rest) == 1
     assert "dualpipe bench eplb --rounds 1" in rest[0]
