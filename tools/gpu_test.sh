@@ -50,6 +50,10 @@ if [[ ${1:-test} == sanitize ]]; then
   for tool in memcheck racecheck; do
     run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       "$python" -m pytest -p no:cacheprovider tests/gpu/test_core.py "${plans[@]}" || status=1
+    # Two virtual ranks: one launch acts for both, so the sanitizer sees all that they do.
+    run "$tool-ep" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "$python" -m pytest -p no:cacheprovider -m gpu tests/ep/test_transports.py \
+      -k "(test_forward or test_mistakes or test_sizes) and virtual-2" || status=1
   done
 else
   run gpu "$python" -m pytest -p no:cacheprovider -rs -m gpu tests || status=1

@@ -1,6 +1,6 @@
 // Python's view of the expert-parallel kernels. Addresses are integers; what they point at is
 // described in the headers of csrc/ep. Checks here are those that only this side can make: which
-// ranks a launch may act for, and whether a kernel fits an SM.
+// ranks a launch may act for, and whether its warps have what they need.
 #include "api/ep_bindings.h"
 
 #include <pybind11/stl.h>
@@ -170,6 +170,20 @@ CombineCall combine_call(uint32_t rank, uint32_t num_tokens, uint32_t send_delay
           pointer<uint8_t>(token_weights)};
 }
 
+// A ring of fewer than two stages would never load anything. Warps that have no ring take none.
+Tuning checked(const Tuning& tuning, bool sending_rings, bool receiving_rings) {
+  const auto check = [](uint32_t warps, uint32_t stages, const char* role) {
+    if (warps != 0 && stages < 2) {
+      throw std::invalid_argument(std::string("expected two stages or more for warps that ") +
+                                  role + ", got " + std::to_string(stages));
+    }
+  };
+  if (sending_rings) check(tuning.send_warps, tuning.send_stages, "send");
+  if (sending_rings) check(tuning.own_warps, tuning.own_stages, "keep rows");
+  if (receiving_rings) check(tuning.receive_warps, tuning.receive_stages, "receive");
+  return tuning;
+}
+
 void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas, Address stream) {
   const auto args = with_calls<RouteArgs>(comm, calls, ctas);
   check_cuda(launch_route(args, as_stream(stream)), "route");
@@ -185,7 +199,9 @@ void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const st
   args.out_bytes = out_bytes;
   args.num_scales = num_scales;
   args.weight_bytes = weight_bytes;
-  args.tuning = tuning;
+  bool receives = false;
+  for (const DispatchCall& call : calls) receives = receives || call.keep_in_slab == 0;
+  args.tuning = checked(tuning, true, receives);
   const cudaStream_t on = as_stream(stream);
   if (part == "pack") {
     check_cuda(launch_dispatch_pack(args, staging_slab, on), "dispatch (pack)");
@@ -208,7 +224,7 @@ void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std:
   args.weighted = weighted;
   args.row_bytes = row_bytes;
   args.weight_bytes = weight_bytes;
-  args.tuning = tuning;
+  args.tuning = checked(tuning, !expert_layout, false);
   const cudaStream_t on = as_stream(stream);
   if (part == "pack") {
     check_cuda(launch_combine_pack(args, staging_slab, on), "combine (pack)");
@@ -335,10 +351,8 @@ void bind_ep(py::module_& m) {
            py::arg("slots"), py::arg("ids"), py::arg("matrix"), py::arg("positions"), py::arg("y"),
            py::arg("token_weights"));
   py::class_<ArrivalsCall>(m, "ArrivalsCall")
-      .def(py::init([](uint32_t rank, Address matrix) {
-             return ArrivalsCall{rank, pointer<int32_t>(matrix)};
-           }),
-           py::kw_only(), py::arg("rank"), py::arg("matrix"));
+      .def(py::init([](uint32_t rank) { return ArrivalsCall{rank}; }), py::kw_only(),
+           py::arg("rank"));
   m.def("route", &route, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("ctas"),
         py::arg("stream"));
   m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),

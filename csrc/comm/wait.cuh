@@ -24,7 +24,7 @@ struct WaitSite {
 struct Watchdog {
   ControlState* state;  // of this rank
   ErrorRecord* record;  // of this rank, in host-mapped memory
-  uint64_t started_ns;  // when the kernel began, by ptx::globaltimer_ns
+  uint64_t started_ns;  // when the kernel began, by ptx::globaltimer_ns: its waits share the time
   uint64_t timeout_ns;
 
   // True once any thread of this rank has failed, in this kernel or in an earlier one.

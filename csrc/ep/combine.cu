@@ -16,7 +16,7 @@
 // rank, in float32 (float64 for float64), the bias last, rounded once.
 #include "ep/combine.h"
 
-#include "ep/combine_roles.cuh"
+#include "ep/combine_sum.cuh"
 
 namespace dualpipe {
 namespace {
@@ -129,8 +129,11 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   }
   if (kPart == Part::kPack) {
     // The copies that follow on the stream write into the peers' slabs.
-    if (cta == 0 && warp == 0) ChunkSender<false>(c, staging_slab).open();
-    if (cta == 0 && threadIdx.x == 0) watchdog.state->copy_epoch = c.epoch;
+    if (cta == 0 && warp == 0) {
+      const bool open = ChunkSender<false>(c, staging_slab).open(/*everyone=*/true);
+      // Without all permits the copies' flags must not vouch for them.
+      if (open && threadIdx.x == 0) watchdog.state->copy_epoch = c.epoch;
+    }
     return;
   }
   finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);

@@ -11,7 +11,7 @@
 //           Copies of one stream come one after the other, so the flag is there only after the
 //           rows. It takes no SM, and since the epoch lives on the device, a CUDA graph can replay
 //           it.
-//   wait    one warp, with the time-out of every wait
+//   wait    one thread per peer, with the time-out of every wait
 //   unpack  dispatch.cu's receive role; reduce: combine.cu's reduce role
 #include "ep/copy_engine.h"
 
@@ -25,9 +25,8 @@ __global__ void __launch_bounds__(kMaxRanks)
   const Watchdog watchdog = make_watchdog(args.launch, blockIdx.x, call.rank);
   const uint32_t source = threadIdx.x, num_ranks = args.launch.peers.num_ranks;
   if (source >= num_ranks || source == call.rank) return;
-  const int32_t rows = args.combine != 0 ? call.matrix[call.rank * num_ranks + source]
-                                         : call.matrix[source * num_ranks + call.rank];
-  if (rows == 0) return;
+  // Of all, also of those that have no rows for this rank: each sends a flag in every call, and
+  // what it copies before the flag must not land in a later call.
   const ControlLayout& control = args.launch.layout.control;
   const uint32_t epoch = watchdog.state->transfer_epoch + 1;
   const uint32_t* flags = control.run_flags.in(args.launch.peers.base[call.rank]);

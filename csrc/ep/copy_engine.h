@@ -12,7 +12,6 @@ namespace dualpipe {
 
 struct ArrivalsCall {
   uint32_t rank;
-  const int32_t* matrix;  // [R + 1, R], see RouteCall
 };
 
 struct ArrivalsArgs {
@@ -21,7 +20,7 @@ struct ArrivalsArgs {
   ArrivalsCall calls[kMaxLocalRanks];
 };
 
-// Enqueues one warp per rank that waits until the copies of every rank that sends rows are there.
+// Enqueues a CTA per rank that waits until the copies of every other rank are there.
 cudaError_t launch_arrivals(const ArrivalsArgs& args, cudaStream_t stream);
 
 }  // namespace dualpipe

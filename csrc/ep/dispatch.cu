@@ -1,37 +1,38 @@
 // Dispatch: every token's row to every rank that has one of its experts, once, straight to its
 // place.
 //
-//   sending CTA     send warps     x -> stage [-> FP8] ------->  slab of a peer
-//   local CTA       own warps      x -> stage [-> FP8] -> output          rows that stay
-//                   receive warps  slab -> stage -> output                unless they stay in the
-//                   slab
+//   sending CTA   send warps      x -> stage [-> FP8] ------> slab of a peer
+//   local CTA     own warps       x -> stage [-> FP8] -> output        rows that stay
+//                 receive warps   slab -> stage -> output              unless rows stay in the slab
 //
 // A send warp takes runs of a few consecutive tokens. It reads each row once by a bulk load,
 // several rows ahead, and stores it by bulk copies to all the peers it goes to from the same stage.
 // A receive warp waits for a run, and moves its rows on while later runs are still under way. Rows
 // that stay are read by other SMs: what an SM stores locally waits behind what it stores to a peer
 // (tuning.h).
-// Where rows are quantised, which costs more than reading them, every CTA has send warps, which
-// then serve this rank as well, and receive warps.
+//
+// Where SMs are few, or rows are quantised, which costs more than reading them, every CTA has send
+// warps, which then serve this rank as well, and receive warps.
 //
 // Protocol, with flags that hold the epoch of the call:
 //   permit  receiver to sender: "slab s is yours". Sent when this kernel starts, so after whatever
 //           read that slab before on this stream. A sender writes to a peer only with its permit.
 //   run     sender to receiver: "run j has arrived".
 //
-// Ordering of a run. Bulk stores -> wait_group by the lane that issued them: written -> __syncwarp
-// -> release store of the flag at system scope. Receiver: acquire load of the flag by lane 0 ->
-// shuffle
-// -> proxy fence -> bulk loads, ordinary loads. The flag of a run is sent one run later, so that
-// the wait for its stores costs nothing. Ordering of the slab. The last read of call n and the
-// permit of call n + 1 are on one stream, in this order; the permit's release and acquire put the
-// peer's stores after it.
+// Ordering of a run. Bulk stores; wait_group by the lane that issued them: they are written;
+// __syncwarp; release store of the flag at system scope. At the receiver: acquire load of the flag
+// by lane 0; __syncwarp; proxy fence; bulk loads and ordinary ones. The flag of a run is sent one
+// run later, so that the wait for its stores costs nothing.
+//
+// Ordering of the slab. The last read of call n and the permit of call n + 1 are on one stream, in
+// this order; the permit's release and acquire, and a proxy fence, put the peer's stores after it.
 //
 // Rows of an output that nobody sends are zeroed by the receive warps. The kernel ends when all
 // rows are where they belong, so the next kernel of the stream may read them.
 #include "ep/dispatch.h"
 
-#include "ep/dispatch_roles.cuh"
+#include "ep/dispatch_receive.cuh"
+#include "ep/dispatch_send.cuh"
 
 namespace dualpipe {
 namespace {
@@ -152,14 +153,16 @@ __device__ void send_permits(const Dispatch& d) {
   }
 }
 
-// Until every peer that gets rows has given leave. One warp; false if the rank has failed.
-__device__ void wait_for_permits(const Dispatch& d) {
+// Until every peer has given leave. One warp; false if the rank has failed.
+__device__ bool wait_for_permits(const Dispatch& d) {
+  bool open = true;
   for (uint32_t to = threadIdx.x % 32; to < d.num_ranks(); to += 32) {
     if (to == d.me()) continue;
     const PermitLine* permit = d.layout().control.permits.in(d.launch().peers.base[d.me()]) + to;
-    wait_epoch(&permit->epoch, d.epoch, {Phase::kDispatchPermit, d.me(), to, 0, d.epoch},
-               d.watchdog);
+    const WaitSite site{Phase::kDispatchPermit, d.me(), to, 0, d.epoch};
+    open = open && wait_epoch(&permit->epoch, d.epoch, site, d.watchdog);
   }
+  return __all_sync(~0u, open) != 0;
 }
 
 // Which part of a dispatch a kernel does: all, the way into the staging slab, the rows that stay on
@@ -214,8 +217,11 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   }
   if (kPart == Part::kPack && cta == 0) {
     // The copies that follow on the stream write into the peers' slabs.
-    if (warp == 0) wait_for_permits(d);
-    if (threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
+    if (warp == 0) {
+      const bool open = wait_for_permits(d);
+      // Without all permits the copies' flags must not vouch for them.
+      if (open && threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
+    }
   }
   if (kPart == Part::kAll || kPart == Part::kUnpack) {
     finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);

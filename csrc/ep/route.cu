@@ -145,12 +145,11 @@ __device__ void send_job(const Router& r, uint32_t part, int32_t* next, int32_t*
     next[threadIdx.x] = before;
   }
   const uint32_t size = part_tokens(r.call.num_tokens);
-  // Up to the end of the last run: a run's slots are loaded whole.
-  const uint32_t end = min((part + 1) * size, round_up(r.call.num_tokens, kRunTokens));
+  const uint32_t end = min((part + 1) * size, r.call.num_tokens);
   for (uint32_t t0 = part * size; t0 < end; t0 += kThreads) {
     const uint32_t t = t0 + threadIdx.x;
     uint64_t goes_to = 0;
-    for (uint32_t k = 0; t < r.call.num_tokens && k < r.top_k(); ++k) {
+    for (uint32_t k = 0; t < end && k < r.top_k(); ++k) {
       const int id = r.ids(r.me, r.me)[uint64_t{t} * r.launch.layout.id_pitch + k];
       if (id >= 0) goes_to |= uint64_t{1} << (id / r.num_local());
     }
@@ -199,7 +198,7 @@ __device__ void expert_starts(const Router& r, uint32_t source, uint32_t part, i
     next[e] += start;
     if (here == 0 && r.call.offsets != nullptr) {
       // Rows that there is no room for were never written: nobody may be led to them.
-      r.call.offsets[e] = static_cast<int32_t>(min(int64_t{ends[e]}, room));
+      r.call.offsets[e] = static_cast<int32_t>(max(min(int64_t{ends[e]}, room), int64_t{0}));
       r.call.counts[e] = max(min(r.call.counts[e], room - start), int64_t{0});
     }
   }
@@ -323,7 +322,8 @@ __device__ void find_fault(const Router& r, const unsigned long long* arriving,
     report->fault_zero_copy = r.header(rank, 0, RouteCounts::kZeroCopy);
     report->fault_limit = r.header(rank, 0, RouteCounts::kMaxRows);
     report->fault_count = count;
-    report->fault = static_cast<uint32_t>(fault);
+    // Last: a host that sees it sees the rest.
+    ptx::st_release_sys(&report->fault, static_cast<uint32_t>(fault));
   };
   for (uint32_t rank = 0; rank < r.num_ranks(); ++rank) {
     int64_t bad = 0;
@@ -332,13 +332,18 @@ __device__ void find_fault(const Router& r, const unsigned long long* arriving,
     }
     if (bad != 0) return tell(RouteFault::kBadIds, rank, bad);
   }
+  // A rank with a bound and one without would part ways at an error: that is a mismatch too.
+  const auto bounded = [&](uint32_t rank) { return r.header(rank, 0, RouteCounts::kMaxRows) >= 0; };
   for (uint32_t rank = 0; rank < r.num_ranks(); ++rank) {
     for (const uint32_t which :
          {RouteCounts::kLayout, RouteCounts::kAlignment, RouteCounts::kZeroCopy}) {
-      if (r.header(rank, 0, which) != r.header(r.me, 0, which)) {
-        return tell(RouteFault::kMismatch, rank, 0);
+      if (r.header(rank, 0, which) != r.header(0, 0, which)) {
+        return tell(RouteFault::kMismatch, rank == r.me ? 0 : rank, 0);
       }
     }
+    if (bounded(rank) != bounded(0)) return tell(RouteFault::kMismatch, rank == r.me ? 0 : rank, 0);
+  }
+  for (uint32_t rank = 0; rank < r.num_ranks(); ++rank) {
     const int32_t limit = r.header(rank, 0, RouteCounts::kMaxRows);
     if (limit >= 0 && arriving[rank] > static_cast<uint32_t>(limit)) {
       return tell(RouteFault::kOverflow, rank, static_cast<int64_t>(arriving[rank]));

@@ -38,7 +38,7 @@ struct RouteCall {
   uint32_t delay_ns;
   const int64_t* topk_idx;  // [T, K], on 16 bytes
   // What the call finds out.
-  int32_t* slots;   // [T rounded up to runs, R]  row of each token at each rank, -1 for none
+  int32_t* slots;   // [T, R]                     row of each token at each rank, -1 for none
   int16_t* ids;     // [T, id_pitch]              expert ids, -1 where dropped
   int32_t* matrix;  // [R + 1, R]                 tokens that rank s sends to rank d; last, T of s
   int32_t* run_starts;  // [R, max_runs + 1]          first row of each run that arrives here

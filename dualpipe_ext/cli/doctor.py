@@ -20,6 +20,13 @@ from dualpipe_ext import __version__, core, env, nvml, toolkit
 _GIB = 2**30
 _HOPPER = (9, 0)
 
+# Best first; for the report where torch, and with it the registry of transports, is missing.
+_TRANSPORTS = ("nvlink", "copy_engine", "collective")
+_MOVED_BY = {
+    "nvlink": "kernels on some of the SMs",
+    "copy_engine": "copy engines (num_sms=0 asks for them)",
+}
+
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
@@ -147,18 +154,67 @@ def _link(device: int, peer: int) -> str:
 
 
 def _transports(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Best first: ``auto`` takes the first that its process group can use."""
     if found["versions"]["torch"] is None:
-        collective = {"usable": False, "why": "torch is not installed"}
-    elif found["gpus"] and found["versions"].get("torch_cuda"):
-        collective = {"usable": True, "why": "torch.distributed over NCCL (gloo for CPU tensors)"}
+        names, reasons = _TRANSPORTS, dict.fromkeys(_TRANSPORTS, "torch is not installed")
     else:
-        collective = {"usable": True, "why": "torch.distributed over gloo"}
-    later = {"usable": False, "why": "not in this version"}
-    return [
-        {"name": "collective", **collective},
-        {"name": "nvlink", **later},
-        {"name": "copy_engine", **later},
+        reasons = _reasons_against()
+        names = tuple(reasons)
+    return [_transport(name, reasons[name], found) for name in names]
+
+
+def _reasons_against() -> dict[str, str | None]:
+    """Why a process by itself cannot use a transport, None where it can; best first."""
+    # Here, not at the top: they need torch.
+    from dualpipe_ext.ep.registry import transport_status
+    from dualpipe_ext.ep.transport import TransportConfig
+
+    alone = TransportConfig(
+        group=None,
+        rank=0,
+        num_ranks=1,
+        hidden=128,
+        num_experts=1,
+        top_k=1,
+        max_tokens=1,
+        num_sms=None,
+        timeout_s=1.0,
+    )
+    try:
+        return transport_status(alone)
+    except RuntimeError as error:  # torch found a GPU, but cannot use it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return {name: None if name == "collective" else reason for name in _TRANSPORTS}
+
+
+def _transport(name: str, reason: str | None, found: dict[str, Any]) -> dict[str, Any]:
+    """One row of the report: what the transport says of itself, and what the links add."""
+    if reason is not None:
+        return {"name": name, "usable": False, "why": reason}
+    if name == "collective":
+        over_nccl = found["gpus"] and found["versions"].get("torch_cuda")
+        over = "NCCL (gloo for CPU tensors)" if over_nccl else "gloo"
+        return {"name": name, "usable": True, "why": f"torch.distributed over {over}"}
+    usable, where = _reach(found["links"])
+    return {"name": name, "usable": usable, "why": f"{_MOVED_BY[name]}, {where}"}
+
+
+def _reach(links: list[list[str]]) -> tuple[bool, str]:
+    """Whether GPUs can write into each other's memory as kernels need it, and which of them."""
+    num_gpus = len(links)
+    if num_gpus < 2:
+        return True, "virtual ranks on one GPU (LocalRanks)"
+    apart = [
+        f"{a}-{b}"
+        for a in range(num_gpus)
+        for b in range(a + 1, num_gpus)
+        if not links[a][b] == links[b][a] == "nvlink"
     ]
+    if not apart:
+        return True, f"over NVLink between {num_gpus} GPUs"
+    if len(apart) == num_gpus * (num_gpus - 1) // 2:
+        return False, "but no NVLink joins the GPUs: only virtual ranks on one of them (LocalRanks)"
+    return True, f"over NVLink, but not between GPUs {', '.join(apart)}"
 
 
 def _advice(found: dict[str, Any]) -> list[str]:

@@ -113,8 +113,8 @@ class Buffer:
     def check(self) -> None:
         """Raise what kernels have reported since the last call; does not wait for them.
 
-        Every ``dispatch`` and ``combine`` does this first. After ``torch.cuda.synchronize()`` it
-        tells whether all calls so far went well.
+        Every dispatch without a handle does this first; other calls only look for time-outs. After
+        ``torch.cuda.synchronize()`` it tells whether all calls so far went well.
 
         Raises:
             CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.

@@ -90,7 +90,8 @@ class CopyEngineTransport(PeerTransport):
             launch("unpack", tuning.for_unpack(source, self.config))
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
-        self.together((call, self._arrivals_call(handle), self._copies(source, handle)), act)
+        copies = self._copies(source, handle)
+        self.together((call, self._arrivals_call(), copies), act, (handle.layout, sizes))
         return output.as_rows()
 
     def combine(
@@ -138,7 +139,8 @@ class CopyEngineTransport(PeerTransport):
 
         call = kernel_calls.combine_call(self, source, handle, output)
         copies = self._return_copies(source, handle, direct)
-        self.together((call, self._arrivals_call(handle), copies, weights is not None), act)
+        item = (call, self._arrivals_call(), copies, weights is not None)
+        self.together(item, act, (direct, sizes))
         return output.y, output.token_weights
 
     # --- copies --------------------------------------------------------------------------------
@@ -172,8 +174,8 @@ class CopyEngineTransport(PeerTransport):
             self._copy_streams[peer] = torch.cuda.Stream()
         return self._copy_streams[peer]
 
-    def _arrivals_call(self, handle: PeerHandle) -> Any:
-        return self.core.ArrivalsCall(rank=self.config.rank, matrix=handle.matrix.data_ptr())
+    def _arrivals_call(self) -> Any:
+        return self.core.ArrivalsCall(rank=self.config.rank)
 
     def _copies(self, source: kernel_calls.DispatchInput, handle: PeerHandle) -> list[_Copy]:
         """Staging segments to the peers' slabs, then a flag to each peer."""

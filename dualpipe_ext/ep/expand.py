@@ -3,6 +3,9 @@
 Shapes: N token rows, M expert rows, H hidden, G local experts, K top-k, P (row, choice) pairs that
 have a local expert. Deterministic on every device: no index is written twice by one operation.
 
+Torch operations define the results. For CUDA tensors Triton kernels with the same bits, in
+``kernels/permute.py``, move the rows once instead of once per operation.
+
 Example used below: three rows, two experts, two choices each, groups padded to multiples of 2.
 Row 0 chose expert 1; row 1 chose experts 0 and 1; row 2 chose expert 1. Expert 0 gets rows
 [1, padding], expert 1 gets rows [0, 1, 2, padding].
@@ -11,6 +14,7 @@ Row 0 chose expert 1; row 1 chose experts 0 and 1; row 2 chose expert 1. Expert 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -84,6 +88,9 @@ def expand(tokens: Tensor, expert_map: ExpertMap) -> Tensor:
     >>> expand(torch.tensor([[10.0], [20.0], [30.0]]), m).flatten().tolist()
     [20.0, 0.0, 10.0, 20.0, 30.0, 0.0]
     """
+    if (kernels := _kernels_for(tokens)) is not None:
+        table = _table(kernels, expert_map, len(tokens))
+        return kernels.expand_rows(tokens, table, expert_map.position, expert_map.num_rows)
     out = tokens.new_zeros((expert_map.num_rows, *tokens.shape[1:]))
     out[expert_map.position] = tokens[expert_map.row]
     return out
@@ -104,6 +111,8 @@ def reduce(rows: Tensor, expert_map: ExpertMap, num_rows: int, weights: Tensor |
     >>> reduce(rows, m, 3, None).flatten().tolist()
     [2.0, 4.0, 4.0]
     """
+    if (kernels := _kernels_for(rows, weights)) is not None:
+        return kernels.reduce_rows(rows, _table(kernels, expert_map, num_rows), weights)
     total = rows.new_zeros((num_rows, rows.shape[1]), dtype=accumulator_dtype(rows.dtype))
     # One pass per place in the sum: within a pass no token row occurs twice.
     for turn in range(expert_map.num_turns):
@@ -152,3 +161,21 @@ def filled_rows(offsets: Tensor, counts: Tensor, num_rows: int) -> Tensor:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays exact; everything else is summed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _table(kernels: ModuleType, expert_map: ExpertMap, num_rows: int) -> Tensor:
+    m = expert_map
+    return kernels.expert_rows_of(m.row, m.turn, m.position, num_rows=num_rows, top_k=m.top_k)
+
+
+def _kernels_for(*tensors: Tensor | None) -> ModuleType | None:
+    """The Triton kernels, if they can do this: on CUDA, eagerly, and without autograd's records."""
+    given = [t for t in tensors if t is not None]
+    if not given[0].is_cuda or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return None
+    # Not at the top: it imports Triton, which takes longer than all of this package.
+    from dualpipe_ext.kernels import permute
+
+    return permute if permute.AVAILABLE else None

@@ -6,10 +6,14 @@ A row is cut into blocks of 128 values; a block stores ``round(x * 448 / amax)``
 and its scale ``amax / 448`` in float32, so ``x ~ values * scale`` (the tile-wise activation format
 of the DeepSeek-V3 report, section 3.3.2). With power-of-two scales the scale is rounded up to the
 next power of two, which makes the multiplication by it exact.
+
+Torch operations define the results. For CUDA tensors Triton kernels with the same bits, in
+``kernels/fp8_cast.py``, read and write once instead of once per operation.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +50,9 @@ def quantize(x: Tensor, *, pow2_scales: bool = False) -> Quantized:
     >>> values[0, :3].tolist(), scales.item() == 2.0**-8
     ([256.0, -128.0, 80.0], True)
     """
+    if (kernels := _kernels_for(x)) is not None:
+        how = {"smallest_amax": SMALLEST_AMAX, "pow2_scales": pow2_scales}
+        return Quantized(*kernels.quantize_blocks(x, **how))
     blocks = _blocks(x).float()
     amax = blocks.abs().amax(dim=-1).clamp_min(SMALLEST_AMAX)
     if pow2_scales:
@@ -66,6 +73,8 @@ def quantize(x: Tensor, *, pow2_scales: bool = False) -> Quantized:
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """``values * scales`` in float32, rounded once to ``dtype``; [T, H]."""
     values, scales = quantized
+    if (kernels := _kernels_for(values, scales)) is not None:
+        return kernels.dequantize_blocks(values, scales, dtype)
     blocks = _blocks(values).float() * scales.unsqueeze(-1)
     return blocks.view(values.shape).to(dtype)
 
@@ -76,6 +85,18 @@ def _blocks(x: Tensor) -> Tensor:
             f"expected a hidden size that is a multiple of {BLOCK} for FP8, got {x.shape[-1]}"
         )
     return x.contiguous().view(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
+def _kernels_for(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, if they can do this: on CUDA, eagerly, and without autograd's records."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    # Not at the top: it imports Triton, which takes longer than all of this package.
+    from dualpipe_ext.kernels import fp8_cast
+
+    return fp8_cast if fp8_cast.usable_on(tensors[0].device) else None
 
 
 class StraightThroughDequantize(torch.autograd.Function):

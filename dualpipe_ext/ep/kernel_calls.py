@@ -61,7 +61,7 @@ def dispatch_input(
     return DispatchInput(
         rows=rows_on_16_bytes(rows),
         scales=None if scales is None else rows_on_16_bytes(scales),
-        weights=None if weights is None else weights.contiguous(),
+        weights=None if weights is None else rows_on_16_bytes(weights),
         payload=payload,
         out_dtype=torch.float8_e4m3fn if payload != "as_is" else rows.dtype,
     )
@@ -178,7 +178,7 @@ def combine_input(
         rows=rows_on_16_bytes(rows),
         weights=None if weights is None else weights.to(accumulator_dtype(rows.dtype)).contiguous(),
         bias=None if bias is None else rows_on_16_bytes(bias),
-        row_weights=None if row_weights is None else row_weights.contiguous(),
+        row_weights=None if row_weights is None else rows_on_16_bytes(row_weights),
     )
 
 

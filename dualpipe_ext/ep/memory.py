@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -100,14 +100,19 @@ class _Site:
     """As CUDA numbers it in that process; -1 without a GPU."""
     bus_id: str
     reason: str | None
+    settings: tuple[object, ...] = ()
+    """What the layout of the memory follows from."""
 
 
 def unavailable(config: TransportConfig) -> str | None:
     """Why the ranks cannot reach each other's memory, in one line; None if they can.
 
     All ranks come to the same answer: each learns the others' findings first.
+
+    Raises:
+        ValueError: the ranks' buffers differ in what the layout of the memory follows from.
     """
-    site = _own_site()
+    site = replace(_own_site(), settings=_settings(config))
     if config.local is not None:
         limit = core.module().MAX_LOCAL_RANKS if core.available() else config.num_ranks
         if config.num_ranks > limit:
@@ -117,12 +122,23 @@ def unavailable(config: TransportConfig) -> str | None:
         return site.reason
     sites: list[_Site] = [None] * config.num_ranks  # type: ignore[list-item]
     dist.all_gather_object(sites, site, group=config.group)
+    for rank, other in enumerate(sites):
+        if other.settings != sites[0].settings:
+            raise ValueError(
+                "expected the same hidden, num_experts, top_k, max_tokens, dtype and num_slabs on "
+                f"all ranks, got {sites[0].settings} at rank 0, {other.settings} at rank {rank}"
+            )
     reasons = [
         f"rank {rank}: {other.reason}" for rank, other in enumerate(sites) if other.reason
     ] or _links(sites, config.rank)
     everyone: list[list[str]] = [[] for _ in sites]
     dist.all_gather_object(everyone, reasons, group=config.group)
     return next((reason for found in everyone for reason in found), None)
+
+
+def _settings(config: TransportConfig) -> tuple[object, ...]:
+    c = config
+    return (c.hidden, c.num_experts, c.top_k, c.max_tokens, str(c.dtype), c.num_slabs)
 
 
 def _own_site() -> _Site:
@@ -133,8 +149,8 @@ def _own_site() -> _Site:
         return _Site(host, -1, "", "no GPU that torch can use")
     index = torch.cuda.current_device()
     device = core.module().devices()[index]
-    if device.capability < (9, 0):
-        return _Site(host, index, device.pci_bus_id, f"{device.name} is older than Hopper")
+    if device.capability != (9, 0):
+        return _Site(host, index, device.pci_bus_id, f"{device.name} is no Hopper GPU")
     return _Site(host, index, device.pci_bus_id, None)
 
 

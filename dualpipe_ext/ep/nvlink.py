@@ -45,6 +45,7 @@ class NVLinkTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.dispatch_input(x, topk_weights, fp8, pow2_scales)
         output = kernel_calls.dispatch_output(self, source, handle)
+        sizes = kernel_calls.dispatch_sizes(source)
 
         def act(items: list[tuple[object, bool]]) -> None:
             calls = [call for call, _ in items]
@@ -53,7 +54,7 @@ class NVLinkTransport(PeerTransport):
                 self.comm,
                 calls,
                 part="all",
-                **kernel_calls.dispatch_sizes(source),
+                **sizes,
                 tuning=self._dispatch_tuning(source, handle, in_slab),
                 staging_slab=0,
                 ctas=self.num_sms,
@@ -61,7 +62,7 @@ class NVLinkTransport(PeerTransport):
             )
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
-        self.together((call, output.in_slab), act)
+        self.together((call, output.in_slab), act, (handle.layout, sizes))
         return output.as_rows()
 
     def combine(
@@ -76,13 +77,14 @@ class NVLinkTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.combine_input(rows, weights, bias, row_weights)
         output = kernel_calls.combine_output(self, source, handle)
+        sizes = kernel_calls.combine_sizes(source, handle)
 
         def act(items: list[tuple[object, bool]]) -> None:
             self.core.combine(
                 self.comm,
                 [call for call, _ in items],
                 part="all",
-                **kernel_calls.combine_sizes(source, handle),
+                **sizes,
                 weighted=any(weighted for _, weighted in items),
                 tuning=self._combine_tuning(source, handle),
                 staging_slab=0,
@@ -91,8 +93,12 @@ class NVLinkTransport(PeerTransport):
             )
 
         call = kernel_calls.combine_call(self, source, handle, output)
-        self.together((call, weights is not None), act)
+        self.together((call, weights is not None), act, sizes)
         return output.y, output.token_weights
+
+    def forget_tunings(self) -> None:
+        """For those who try out others."""
+        self._tunings.clear()
 
     def _dispatch_tuning(
         self, source: kernel_calls.DispatchInput, handle: PeerHandle, in_slab: bool

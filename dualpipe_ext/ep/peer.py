@@ -31,8 +31,6 @@ ROW_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.floa
 # Experts of one rank whose counts fit the shared memory of the route kernel.
 MAX_LOCAL_EXPERTS = 2048
 
-# Rows longer than this are moved in pieces (csrc/ep/tuning.h).
-MAX_PIECE_BYTES = 16384
 
 # Slab 0 takes what is copied or summed within the call.
 _TRANSIT_SLABS = 1
@@ -57,6 +55,7 @@ class PeerTransport(Transport):
         c = core.module()
         itemsize = config.dtype.itemsize
         self.core = c
+        self._kept_slabs = config.num_slabs if self.capabilities.zero_copy else 0
         self._layout = c.WorkspaceLayout(
             num_ranks=config.num_ranks,
             num_experts=config.num_experts,
@@ -65,7 +64,7 @@ class PeerTransport(Transport):
             row_bytes=-(-config.hidden * itemsize // 16) * 16,
             scale_bytes=config.hidden // BLOCK * 4 if config.hidden % BLOCK == 0 else 0,
             weight_bytes=8 if config.dtype == torch.float64 else 4,
-            num_slabs=self.transit_slabs + config.num_slabs,
+            num_slabs=self.transit_slabs + self._kept_slabs,
         )
         self._memory = memory.allocate(self._layout.bytes, config)
         self.addresses = self._memory.addresses
@@ -86,13 +85,13 @@ class PeerTransport(Transport):
             self._regions,
             slab_bytes=self._layout.slab_bytes,
             scale_pitch=self._layout.scale_pitch,
-            slabs=range(self.transit_slabs, self.transit_slabs + config.num_slabs),
+            slabs=range(self.transit_slabs, self.transit_slabs + self._kept_slabs),
         )
         self.num_sms = config.num_sms or self.default_num_sms
-        if config.local is not None:
-            # Ranks of one launch wait for each other: all must fit the GPU at once.
-            sms = torch.cuda.get_device_properties(self._memory.own.device).multi_processor_count
-            self.num_sms = min(self.num_sms, sms // config.num_ranks)
+        # CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
+        sms = torch.cuda.get_device_properties(self._memory.own.device).multi_processor_count
+        launches_for = config.num_ranks if config.local is not None else 1
+        self.num_sms = min(self.num_sms, sms // launches_for)
         self._last_stream: torch.cuda.Stream | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""
@@ -162,12 +161,13 @@ class PeerTransport(Transport):
 
     # --- launching ---------------------------------------------------------------------------
 
-    def together(self, item: T, act: Callable[[list[T]], None]) -> None:
+    def together(self, item: T, act: Callable[[list[T]], None], settings: object = None) -> None:
         """Launch for all virtual ranks at once; for a rank of its own, for it alone.
 
         Args:
             item: what the launch needs of this rank.
             act: launches on the current stream, given the items by rank.
+            settings: what one launch has only once, so that virtual ranks must agree on it.
         """
         stream = self._ordered_stream()
         local = self.config.local
@@ -175,35 +175,48 @@ class PeerTransport(Transport):
             act([item])
             return
 
-        def act_for_all(brought: list[tuple[T, torch.cuda.Stream]]) -> None:
+        def act_for_all(brought: list[tuple[T, torch.cuda.Stream, object]]) -> None:
+            for rank, (_, _, others_settings) in enumerate(brought):
+                if others_settings != brought[0][2]:
+                    raise ValueError(
+                        "expected the same dtype, fp8 and layout on all virtual ranks, got "
+                        f"{brought[0][2]} at rank 0, {others_settings} at rank {rank}"
+                    )
             # With async_op every rank has a side stream of its own.
             first = brought[0][1]
-            others = {other for _, other in brought} - {first}
+            others = {other for _, other, _ in brought} - {first}
             with torch.cuda.stream(first):
                 for other in others:
                     first.wait_stream(other)
-                act([one for one, _ in brought])
+                act([one for one, _, _ in brought])
                 for other in others:
                     other.wait_stream(first)
 
-        local.together((item, stream), act_for_all)
+        local.together((item, stream, settings), act_for_all)
 
     def _ordered_stream(self) -> torch.cuda.Stream:
         """The current stream, after everything that this transport has put on another one.
 
         Calls follow each other on the device in the order in which they are made: the flags of one
-        could be taken for those of another. A capture cannot wait for what came before it.
+        could be taken for those of another. Replays of a graph are not seen here: who replays on
+        one stream and calls on another orders the two.
         """
         current = torch.cuda.current_stream()
         last, self._last_stream = self._last_stream, current
-        if last is not None and last != current and not torch.cuda.is_current_stream_capturing():
+        # Both eager, or both in one capture: neither can wait for the other kind.
+        if last is not None and last != current and _captures(last) == _captures(current):
             current.wait_stream(last)
         return current
 
     def check_device(self, name: str, tensor: Tensor) -> None:
         """Kernels read tensors where they are: on this rank's GPU."""
-        if tensor.device != self._memory.own.device:
-            raise ValueError(f"expected {name} on {self._memory.own.device}, got {tensor.device}")
+        device = self._memory.own.device
+        if tensor.device != device:
+            raise ValueError(f"expected {name} on {device}, got {tensor.device}")
+        if torch.cuda.current_device() != device.index:
+            raise ValueError(
+                f"expected {device} as the current device, got cuda:{torch.cuda.current_device()}"
+            )
 
     def check_row_bytes(self, dtype: torch.dtype) -> None:
         """Refuse rows that are wider than the communication memory was sized for."""
@@ -251,6 +264,7 @@ class PeerTransport(Transport):
     def route(self, topk_idx: Tensor, options: RouteOptions) -> PeerHandle:
         self.check()
         self.check_device("topk_idx", topk_idx)
+        self._check_alignment(options)
         topk_idx = rows_on_16_bytes(topk_idx)
         watched = options.max_recv_tokens is None
         arrays = self._route_arrays(topk_idx.shape[0], options)
@@ -276,23 +290,33 @@ class PeerTransport(Transport):
             **arrays,
         )
 
+    def _check_alignment(self, options: RouteOptions) -> None:
+        """Offsets are int32, whatever the routing."""
+        config = self.config
+        most = config.num_ranks * config.max_tokens * config.top_k
+        most += config.num_local_experts * (options.alignment - 1)
+        if options.layout == "expert" and most > 2**31 - 1:
+            raise ValueError(
+                f"expected an alignment that gives at most 2^31 - 1 rows, got {options.alignment}, "
+                f"which can give {most}"
+            )
+
     def _route_arrays(self, num_tokens: int, options: RouteOptions) -> dict[str, Tensor | None]:
         """Uninitialised memory for what the route kernel finds out."""
         config, layout = self.config, self._layout
         ranks, top_k = config.num_ranks, config.top_k
-        padded = -(-num_tokens // self.core.RUN_TOKENS) * self.core.RUN_TOKENS
         most_rows = ranks * config.max_tokens
         if options.max_recv_tokens is not None:
             most_rows = options.max_recv_tokens
         expert = options.layout == "expert"
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="cuda")
+            return torch.empty(shape, dtype=dtype, device=self._memory.own.device)
 
         local = config.num_local_experts
         places = -(-top_k // 4) * 4
         return {
-            "slots": empty(padded, ranks),
+            "slots": empty(num_tokens, ranks),
             "ids": empty(num_tokens, layout.id_pitch, dtype=torch.int16),
             "matrix": empty(ranks + 1, ranks),
             "run_starts": empty(ranks, layout.max_runs + 1),
@@ -355,3 +379,8 @@ class PeerTransport(Transport):
             return None
         row_bytes = self.config.hidden * dtype.itemsize
         return self._slabs.take(num_rows, row_bytes, with_scales=dtype == torch.float8_e4m3fn)
+
+
+def _captures(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,7 @@ class PeerHandle(Handle):
     """A handle and the arrays that the kernels follow; described in csrc/ep/route.h."""
 
     slots: Tensor = field(repr=False)
-    """int32 [T rounded up to 16, R]"""
+    """int32 [T, R]"""
     ids: Tensor = field(repr=False)
     """int16 [T, K rounded up to 8]"""
     matrix: Tensor = field(repr=False)

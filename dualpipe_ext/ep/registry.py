@@ -40,13 +40,24 @@ def create_transport(name: str, config: TransportConfig) -> Transport:
     if name == "auto":
         name = env.read(ENVIRONMENT_VARIABLE)
         asked_by = ENVIRONMENT_VARIABLE
-    status = transport_status(config)
-    usable = [kind for kind in _TRANSPORTS if status[kind.name] is None]
     if name == "auto":
-        return usable[0](config)
-    for kind in usable:
-        if kind.name == name:
+        return _best(config)
+    kind = {kind.name: kind for kind in _TRANSPORTS}.get(name)
+    if kind is None:
+        names = ", ".join(transport_names())
+        raise ValueError(f"expected {asked_by} to be one of {names}, got {name!r}")
+    reason = kind.unavailable(config)
+    if reason is not None:
+        raise ValueError(
+            f"expected {asked_by} to be one that can be used here, got {name!r}: {reason}"
+        )
+    return kind(config)
+
+
+def _best(config: TransportConfig) -> Transport:
+    status = transport_status(config)
+    for kind in _TRANSPORTS:
+        if status[kind.name] is None:
             return kind(config)
-    names = ", ".join(["auto", *(kind.name for kind in usable)])
-    reason = f": {status[name]}" if name in status else ""
-    raise ValueError(f"expected {asked_by} to be one of {names}, got {name!r}{reason}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in status.items())
+    raise ValueError(f"expected a machine that some transport can use, got none ({reasons})")

@@ -37,6 +37,7 @@ class SlabPool:
         self._slab_bytes = slab_bytes
         self._scale_pitch = scale_pitch
         self._free = list(slabs)
+        self._captured: list[_Lease] = []
 
     def take(self, num_rows: int, row_bytes: int, *, with_scales: bool) -> SlabRows | None:
         """Rows of a free slab, if there is one; it is free again when they are gone."""
@@ -44,6 +45,10 @@ class SlabPool:
             return None
         index = self._free.pop()
         lease = _Lease(self._free, index, self._memory)
+        if torch.cuda.is_current_stream_capturing():
+            # A graph writes into this very slab at every replay, as long as it lives: nobody can
+            # tell how long that is.
+            self._captured.append(lease)
 
         def tensor(region: str, pitch: int) -> Tensor:
             address = self._memory.data_ptr() + index * self._slab_bytes + self._regions[region][0]

@@ -26,8 +26,8 @@ _MOST_SENDERS = 32
 _FEW_SMS = 16
 # With more, rows that only have to stay in the slab go faster if all SMs do all.
 _MANY_SMS = 48
-# Shared memory of an SM that stages may take; the rest is for the lists beside them.
-_STAGE_BYTES = 216 * 1024
+# Shared memory that a CTA can have.
+_SHARED_BYTES = 227 * 1024
 # Pieces in flight of a warp; more bring nothing.
 _MOST_STAGES = 8
 # Bytes of a piece: small ones keep the warps that quantise busy, large ones the bulk copies.
@@ -81,11 +81,11 @@ def for_dispatch(
     stage = _stage_bytes(source.in_bytes, _PIECE, source.num_scales, config)
     receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     own_warps, receive_warps = (8, 2) if in_slab else (4, 6)
-    room = _STAGE_BYTES if in_slab else _STAGE_BYTES // 2
+    room = _room(config) if in_slab else _room(config) // 2
     return Tuning(
         _senders(num_sms, (reached - own) / _TO_PEER, local, config),
         8,
-        _stages(_STAGE_BYTES, 8, stage),
+        _stages(_room(config), 8, stage),
         own_warps,
         _stages(room, own_warps, stage),
         receive_warps,
@@ -99,9 +99,8 @@ def _mixed_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfi
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
     receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     receive_warps, receive_stages = (2, 0) if in_slab else (4, 2)
-    room = _STAGE_BYTES - receive_warps * receive_stages * receive_stage
-    while warps > 1 and 2 * warps * stage > room:
-        warps -= 1
+    room = _room(config) - receive_warps * receive_stages * receive_stage
+    warps = _fitting(warps, stage, room)
     return Tuning(
         0,
         warps,
@@ -122,7 +121,7 @@ def for_combine(
     if num_sms < _FEW_SMS:
         if expert:
             return Tuning(0, send_warps=8, receive_warps=8, mixed=True)
-        return Tuning(0, 4, _stages(_STAGE_BYTES, 4, stage), receive_warps=16, mixed=True)
+        return Tuning(0, 4, _stages(_room(config), 4, stage), receive_warps=16, mixed=True)
     reached = _ranks_reached(config)
     own = reached / config.num_ranks
     send, local = (reached - own) / _TO_PEER, reached / _FROM_MEMORY + 1 / _TO_MEMORY
@@ -133,28 +132,30 @@ def for_combine(
         senders = _senders(num_sms, send, local, config, most=num_sms)
         return Tuning(senders, send_warps=16, receive_warps=16)
     senders = _senders(num_sms, send, local, config)
-    return Tuning(senders, 8, _stages(_STAGE_BYTES, 8, stage), receive_warps=20)
+    return Tuning(senders, 8, _stages(_room(config), 8, stage), receive_warps=20)
 
 
 def for_pack(source: DispatchInput, num_sms: int, config: TransportConfig) -> Tuning:
     """The copy-engine path: rows of peers into the staging slab."""
     warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    return Tuning(num_sms, warps, _stages(_STAGE_BYTES, warps, stage), send_piece=piece)
+    warps = _fitting(warps, stage, _room(config))
+    return Tuning(num_sms, warps, _stages(_room(config), warps, stage), send_piece=piece)
 
 
 def for_own_rows(source: DispatchInput, config: TransportConfig) -> Tuning:
     """The copy-engine path: rows that stay on the rank."""
     warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    stages = _stages(_STAGE_BYTES, warps, stage)
+    warps = _fitting(warps, stage, _room(config))
+    stages = _stages(_room(config), warps, stage)
     return Tuning(0, own_warps=warps, own_stages=stages, send_piece=piece)
 
 
 def for_unpack(source: DispatchInput, config: TransportConfig) -> Tuning:
     """The copy-engine path: rows from the slab to their place."""
     stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    return Tuning(0, receive_warps=8, receive_stages=_stages(_STAGE_BYTES, 8, stage))
+    return Tuning(0, receive_warps=8, receive_stages=_stages(_room(config), 8, stage))
 
 
 def for_combine_pack(
@@ -163,13 +164,25 @@ def for_combine_pack(
     """The copy-engine path: rows, or sums of rows, into the staging slab."""
     if handle.layout == "expert":
         return Tuning(num_sms, send_warps=16)
-    stages = _stages(_STAGE_BYTES, 8, _stage_bytes(source.row_bytes, _PIECE, 0, config))
+    stages = _stages(_room(config), 8, _stage_bytes(source.row_bytes, _PIECE, 0, config))
     return Tuning(num_sms, 8, stages)
 
 
 # The copy-engine path: all SMs sum; and a launch that only gives leave and waits for it.
 REDUCE = Tuning(0, receive_warps=16)
 PERMITS_ONLY = Tuning(0, receive_warps=1)
+
+
+def _room(config: TransportConfig) -> int:
+    """Bytes of shared memory for stages: what the lists beside them leave (``SharedLayout``)."""
+    outboxes = 16 * 12 * config.num_ranks
+    sources = 20 * 16 * (config.num_ranks + config.top_k)
+    return min(216 * 1024, _SHARED_BYTES - 2048 - max(outboxes, sources))
+
+
+def _fitting(warps: int, stage: int, room: int) -> int:
+    """As many warps, or fewer, as have two stages each."""
+    return max(1, min(warps, room // (2 * stage)))
 
 
 def _ranks_reached(config: TransportConfig) -> float:

@@ -12,6 +12,7 @@ from rich.console import Console
 from dualpipe_ext import nvml, toolkit
 from dualpipe_ext.cli import doctor
 from dualpipe_ext.cli.main import main
+from dualpipe_ext.ep import registry
 
 HOPPER = nvml.Gpu(
     index=0, name="H200", capability=(9, 0), memory_bytes=141 * 2**30, active_nvlinks=18
@@ -54,7 +55,7 @@ def test_json(capsys, monkeypatch):
     monkeypatch.setenv("DUALPIPE_TRACEBACK", "0")
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["transports"][0]["name"] == "collective"
+    assert [t["name"] for t in found["transports"]] == ["nvlink", "copy_engine", "collective"]
     assert found["environment"]["DUALPIPE_TRACEBACK"] == "0"
 
 
@@ -63,8 +64,9 @@ def test_bare_machine(monkeypatch):
     monkeypatch.setattr(doctor.nvml, "query", lambda: None)
     found = doctor.collect()
     assert found["gpus"] == []
-    assert [t["usable"] for t in found["transports"]] == [True, False, False]
+    assert [t["usable"] for t in found["transports"]] == [False, False, True]
     text = rendered(found)
+    assert "no compiled CUDA core (it was not built)" in text
     assert "missing: it was not built" in text
     assert "no GPU found" in text
     assert "install a CUDA toolkit (12.5 or newer)" in text
@@ -113,6 +115,62 @@ def test_gpus_and_links_as_the_core_sees_them(monkeypatch):
 def test_without_torch(monkeypatch):
     monkeypatch.setattr(doctor, "_version_of", lambda name: None)
     found = doctor.collect()
-    assert not found["transports"][0]["usable"]
+    assert {t["why"] for t in found["transports"]} == {"torch is not installed"}
+    assert not any(t["usable"] for t in found["transports"])
     assert found["advice"][0].startswith("torch is missing")
     rendered(found)
+
+
+def test_lists_every_transport():
+    assert registry.transport_names()[1:] == doctor._TRANSPORTS
+
+
+def test_why_a_transport_cannot_be_used_is_what_it_says_itself(monkeypatch):
+    class Pretended:
+        def __init__(self, name):
+            self.name = name
+
+        def unavailable(self, config):
+            assert config.num_ranks == 1
+            return f"{self.name} is tired" if self.name == "nvlink" else None
+
+    pretended = tuple(Pretended(name) for name in doctor._TRANSPORTS)
+    monkeypatch.setattr(registry, "_TRANSPORTS", pretended)
+    monkeypatch.setattr(doctor, "_gpus_and_links", lambda machine: ([], []))
+    rows = {row["name"]: row for row in doctor.collect()["transports"]}
+    assert rows["nvlink"] == {"name": "nvlink", "usable": False, "why": "nvlink is tired"}
+    assert rows["copy_engine"]["usable"]
+    assert "virtual ranks on one GPU" in rows["copy_engine"]["why"]
+
+
+def test_a_gpu_that_torch_cannot_use(monkeypatch):
+    def fail(config):
+        raise RuntimeError("CUDA error: uncorrectable ECC error\nand a page of advice")
+
+    monkeypatch.setattr(registry, "transport_status", fail)
+    rows = {row["name"]: row for row in doctor.collect()["transports"]}
+    assert rows["nvlink"]["why"] == "CUDA error: uncorrectable ECC error"
+    assert rows["collective"]["usable"]
+
+
+@pytest.mark.parametrize(
+    ("links", "usable", "why"),
+    [
+        ([], True, "virtual ranks on one GPU (LocalRanks)"),
+        ([["self"]], True, "virtual ranks on one GPU (LocalRanks)"),
+        ([["self", "nvlink"], ["nvlink", "self"]], True, "over NVLink between 2 GPUs"),
+        ([["self", "pcie"], ["pcie", "self"]], False, "but no NVLink joins the GPUs"),
+        ([["self", "nvlink"], ["none", "self"]], False, "but no NVLink joins the GPUs"),
+        (
+            [["self", "nvlink", "pcie"], ["nvlink", "self", "none"], ["pcie", "none", "self"]],
+            True,
+            "over NVLink, but not between GPUs 0-2, 1-2",
+        ),
+    ],
+)
+def test_links_decide_between_which_gpus(links, usable, why):
+    found = {"links": links, "gpus": [], "versions": {}}
+    for name in ("nvlink", "copy_engine"):
+        row = doctor._transport(name, None, found)
+        assert row["usable"] is usable
+        assert why in row["why"]

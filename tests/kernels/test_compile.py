@@ -1,5 +1,7 @@
 """Every Triton kernel compiled for Hopper, without a GPU: it must compile, and spill nothing.
 
+Those that promise the bits of torch operations must also round with the same instructions.
+
 Not in a process with ``TRITON_INTERPRET=1``: there ``triton.jit`` makes no compilable function.
 """
 
@@ -14,7 +16,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from dualpipe_ext.kernels import swiglu  # noqa: E402
+from dualpipe_ext.kernels import fp8_cast, permute, swiglu  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,7 +28,7 @@ pytestmark = [
 ROWS = ("*fp32", "*bf16")
 
 
-def compile_for_hopper(kernel, signature, constexprs):
+def compile_for_hopper(kernel, signature, constexprs, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -38,18 +40,32 @@ def compile_for_hopper(kernel, signature, constexprs):
         if kind.startswith("*") or kind == "i32"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def cuobjdump(option: str, cubin: bytes, folder: Path) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    # nvdisasm, which lists the instructions, lies beside it.
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [str(tools / "cuobjdump"), option, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+    ).stdout
 
 
 def resource_usage(cubin: bytes, folder: Path) -> str:
     """cuobjdump's line for the kernel: registers, stack and local memory."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    output = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
-    ).stdout
+    output = cuobjdump("--dump-resource-usage", cubin, folder)
     return next(line for line in output.splitlines() if "REG:" in line)
+
+
+def spills_nothing(compiled, folder: Path) -> bool:
+    usage = resource_usage(compiled.asm["cubin"], folder)
+    return re.search(r"STACK:0\b.* LOCAL:0\b", usage) is not None
 
 
 def signature_of(kernel, rows, weighted):
@@ -73,7 +89,83 @@ def test_swiglu_compiles_without_spills(name, rows, weighted, tmp_path):
     constexprs = {"HAS_WEIGHTS": weighted, "BLOCK": 1024}
     constexprs |= {k: None for k, kind in signature.items() if kind == "constexpr"} | constexprs
     compiled = compile_for_hopper(kernel, signature, constexprs)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    assert re.search(r"STACK:0\b.* LOCAL:0\b", usage), usage
+    assert spills_nothing(compiled, tmp_path)
     # 16-byte global loads: the kernel is bound by memory.
     assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
+
+
+def compile_permute(kernel, dtype, *, weighted=False, block=1024, top_k=8, **options):
+    signature = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= dict.fromkeys(("source_ptr", "target_ptr", "rows_ptr", "out_ptr"), f"*{dtype}")
+    signature |= {"table_ptr": "*i64", "size": "i32", "rows_stride": "i32"}
+    signature["weights_ptr"] = "*fp32" if weighted else "constexpr"
+    signature = {name: signature[name] for name in kernel.arg_names}
+    constexprs = {
+        "TOP_K": top_k,
+        "HAS_WEIGHTS": weighted,
+        "SUM": triton.language.float64 if dtype == "fp64" else triton.language.float32,
+        "BLOCK": block,
+        "weights_ptr": None,
+    }
+    constexprs = {k: v for k, v in constexprs.items() if signature.get(k) == "constexpr"}
+    return compile_for_hopper(kernel, signature, constexprs, **options)
+
+
+def test_expand_compiles_to_wide_copies(tmp_path):
+    compiled = compile_permute(permute._expand_kernel, "i64", block=512)
+    assert spills_nothing(compiled, tmp_path)
+    assert "ld.global.v2.b64" in compiled.asm["ptx"]
+    assert "st.global.v2.b64" in compiled.asm["ptx"]
+
+
+FUSED = re.compile(r"\b[FD]FMA\b|\bHFMA2\.BF16")
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "plain"])
+@pytest.mark.parametrize(("rows", "block"), [("bf16", 1024), ("fp32", 512), ("fp64", 256)])
+def test_reduce_fuses_no_product_into_the_sum(rows, block, weighted, tmp_path):
+    how = {"weighted": weighted, "block": block}
+    compiled = compile_permute(permute._reduce_kernel, rows, enable_fp_fusion=False, **how)
+    assert spills_nothing(compiled, tmp_path)
+    assert re.search(r"ld\.global\.v[24]", compiled.asm["ptx"]), "expected vector loads"
+    assert not re.search(r"\bfma\.|\.ftz", compiled.asm["ptx"])
+    instructions = cuobjdump("-sass", compiled.asm["cubin"], tmp_path)
+    assert re.search(r"\b[FD]ADD\b", instructions)
+    assert not FUSED.search(instructions)
+    if weighted:
+        # What the option is for: this is what the same check finds without it.
+        fused = compile_permute(permute._reduce_kernel, rows, enable_fp_fusion=True, **how)
+        assert FUSED.search(cuobjdump("-sass", fused.asm["cubin"], tmp_path))
+
+
+@pytest.mark.parametrize("pow2_scales", [False, True], ids=["plain", "pow2"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_quantize_compiles_to_exact_instructions(rows, pow2_scales, tmp_path):
+    signature = {"x_ptr": rows, "values_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+    signature["num_blocks"] = "i32"
+    constexprs = {"POW2": pow2_scales, "SMALLEST_AMAX": 2.0**-100, "E4M3_MAX": 448.0}
+    constexprs |= {"BLOCK": 128, "BLOCKS": fp8_cast._BLOCKS}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    kernel = fp8_cast._quantize_kernel
+    compiled = compile_for_hopper(kernel, signature, constexprs, enable_fp_fusion=False)
+    assert spills_nothing(compiled, tmp_path)
+    ptx = compiled.asm["ptx"]
+    assert "ld.global.v4" in ptx, "expected vector loads"
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
+    assert ("div.rn.f32" in ptx) != pow2_scales
+    assert not re.search(r"\bfma\.|\.ftz|\.approx|div\.full", ptx)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_dequantize_compiles_to_exact_instructions(rows, tmp_path):
+    signature = {"values_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "out_ptr": rows}
+    signature["num_blocks"] = "i32"
+    constexprs = {"BLOCK": 128, "BLOCKS": fp8_cast._BLOCKS}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    kernel = fp8_cast._dequantize_kernel
+    compiled = compile_for_hopper(kernel, signature, constexprs, enable_fp_fusion=False)
+    assert spills_nothing(compiled, tmp_path)
+    assert "st.global.v4" in compiled.asm["ptx"], "expected vector stores"
+    # One product, in float32; bf16 products would round twice.
+    assert re.search(r"\bmul(\.rn)?\.f32", compiled.asm["ptx"])
+    assert not re.search(r"\bfma\.|\.ftz|mul(\.rn)?\.bf16", compiled.asm["ptx"])

@@ -1,0 +1,165 @@
+"""How should the SMs of dispatch and combine be divided? Variants of ``dualpipe_ext/ep/tuning.py``.
+
+    python benchmarks/ep_tuning.py [--sms 8,24,64] [--cases own,fp8_buffer] \
+        [--change send_ctas=12 --change send_warps=8,send_stages=3]
+
+Every case is measured as ``tuning.py`` has it, then with each ``--change`` of fields of ``Tuning``.
+Needs two GPUs or more (and does nothing elsewhere); 4096 tokens per rank x 7168, 256 experts,
+top-8, cached handles. Prints microseconds a call, of the slowest rank, the median of three rounds:
+15 calls in a CUDA graph, and 15 from Python. For comparing variants; ``dualpipe bench ep`` checks
+results and keeps records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.ep import Buffer, quantize, tuning
+from dualpipe_ext.launch import run_ranks
+
+TOKENS, HIDDEN, EXPERTS, TOP_K = 4096, 7168, 256, 8
+CALLS, ROUNDS = 15, 3
+CASES = (
+    "buffer",
+    "own",
+    "expert",
+    "fp8_buffer",
+    "fp8_own",
+    "fp8_given",
+    "fp8_expert",
+    "combine",
+    "combine_expert",
+)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sms", default="8,24,64")
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--change", action="append", default=[])
+    options = parser.parse_args(arguments)
+    if torch.cuda.device_count() < 2:
+        print(f"nothing to compare: {torch.cuda.device_count()} GPUs, needs two", file=sys.stderr)
+        return 0
+    cases = options.cases.split(",")
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"expected --cases of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    sms = [int(word) for word in options.sms.split(",")]
+    changes = [{}, *map(parse_change, options.change)]
+    run_ranks(measure_all, torch.cuda.device_count(), sms, cases, changes, backend="nccl")
+    return 0
+
+
+def parse_change(text: str) -> dict[str, int]:
+    """``send_ctas=12,send_warps=8`` as keyword arguments of ``Tuning``."""
+    known = {field.name for field in dataclasses.fields(tuning.Tuning)}
+    change = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in known or not value.isdigit():
+            raise SystemExit(f"expected --change FIELD=NUMBER of {sorted(known)}, got {part!r}")
+        change[name] = int(value)
+    return change
+
+
+@torch.no_grad()
+def measure_all(sms: list[int], cases: list[str], changes: list[dict[str, int]]) -> None:
+    """On every rank: each case with each change, on each number of SMs."""
+    plans = {name: getattr(tuning, name) for name in ("for_dispatch", "for_combine")}
+    for num_sms in sms:
+        buffer = Buffer(
+            hidden=HIDDEN,
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            max_tokens=TOKENS,
+            transport="nvlink",
+            num_sms=num_sms,
+        )
+        for case in cases:
+            for change in changes:
+                for name, plan in plans.items():
+                    setattr(tuning, name, changed(plan, change))
+                call = make_call(buffer, case)
+                graph_us, eager_us = microseconds(call)
+                if dist.get_rank() == 0:
+                    print(f"{num_sms:4} {case:15} {graph_us:8.1f} {eager_us:8.1f}  {change or ''}")
+        buffer.check()
+        del buffer
+    for name, plan in plans.items():
+        setattr(tuning, name, plan)
+
+
+def changed(
+    plan: Callable[..., tuning.Tuning], change: dict[str, int]
+) -> Callable[..., tuning.Tuning]:
+    return lambda *arguments: dataclasses.replace(plan(*arguments), **change)
+
+
+def make_call(buffer: Buffer, case: str) -> Callable[[], object]:
+    """The call to be measured, with a handle of its own."""
+    gen = torch.Generator("cuda").manual_seed(dist.get_rank())
+    x = torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, generator=gen)
+    scores = torch.rand(TOKENS, EXPERTS, device="cuda", generator=gen)
+    idx = scores.argsort(dim=1)[:, :TOP_K].contiguous()
+    weights = torch.rand(TOKENS, TOP_K, device="cuda", generator=gen)
+    layout = "expert" if case.endswith("expert") else "token"
+    recv, handle = buffer.dispatch(
+        x, idx, weights, layout=layout, zero_copy=case.endswith("buffer")
+    )
+    # Tunings are kept by shape; another change must not find an older one's.
+    buffer._transport.forget_tunings()
+    if case.startswith("combine"):
+        rows: Tensor = recv.tokens.clone()
+        factors = recv.weights.clone() if layout == "expert" else None
+        return lambda: buffer.combine(rows, handle, weights=factors)
+    if case == "fp8_given":
+        quantized = tuple(quantize(x))
+        return lambda: buffer.dispatch(quantized, None, weights, handle=handle, fp8=True)
+    fp8 = case.startswith("fp8")
+    return lambda: buffer.dispatch(x, None, weights, handle=handle, fp8=fp8)
+
+
+def microseconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Of one call: in a CUDA graph, and from Python."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+
+    def eager() -> None:
+        for _ in range(CALLS):
+            call()
+
+    return median_us(graph.replay), median_us(eager)
+
+
+def median_us(calls: Callable[[], object]) -> float:
+    calls()
+    rounds = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        dist.barrier()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        calls()
+        end.record()
+        torch.cuda.synchronize()
+        slowest = torch.tensor([start.elapsed_time(end) / CALLS * 1e3], device="cuda")
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        rounds.append(slowest.item())
+    return statistics.median(rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
