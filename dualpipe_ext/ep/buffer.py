@@ -124,7 +124,10 @@ class Buffer:
         self._transport.check()
 
     def reset(self) -> None:
-        """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks."""
+        """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks.
+
+        Handles and outputs of calls since the last clean :meth:`check` may be incomplete: drop them.
+        """
         self._transport.reset()
 
     def dispatch(
