@@ -126,7 +126,8 @@ class Buffer:
     def reset(self) -> None:
         """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks.
 
-        Handles and outputs of calls since the last clean :meth:`check` may be incomplete: drop them.
+        Handles and outputs of calls since the last clean :meth:`check` may be incomplete: drop
+        them.
         """
         self._transport.reset()
 
