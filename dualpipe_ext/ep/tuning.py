@@ -28,6 +28,8 @@ _FEW_SMS = 16
 _MANY_SMS = 48
 # Shared memory that a CTA can have.
 _SHARED_BYTES = 227 * 1024
+# Warps of a CTA that the dispatch kernel is compiled for.
+_MOST_WARPS = 20
 # Pieces in flight of a warp; more bring nothing.
 _MOST_STAGES = 8
 # Bytes of a piece: small ones keep the warps that quantise busy, large ones the bulk copies.
@@ -80,7 +82,8 @@ def for_dispatch(
         local = (own if in_slab else reached) / _TO_MEMORY
     stage = _stage_bytes(source.in_bytes, _PIECE, source.num_scales, config)
     receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    own_warps, receive_warps = (8, 2) if in_slab else (4, 6)
+    # Without rows to move, receiving is all waiting and small numbers: many warps, no stages.
+    own_warps, receive_warps = (8, 12) if in_slab else (4, 6)
     room = _room(config) if in_slab else _room(config) // 2
     return Tuning(
         _senders(num_sms, (reached - own) / _TO_PEER, local, config),
@@ -98,7 +101,7 @@ def _mixed_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfi
     piece, warps = (_QUANTISED_PIECE, 16) if _quantises(source) else (_PIECE, 8)
     stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
     receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    receive_warps, receive_stages = (2, 0) if in_slab else (4, 2)
+    receive_warps, receive_stages = (_MOST_WARPS - warps, 0) if in_slab else (4, 2)
     room = _room(config) - receive_warps * receive_stages * receive_stage
     warps = _fitting(warps, stage, room)
     return Tuning(
