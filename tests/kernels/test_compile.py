@@ -16,7 +16,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from dualpipe_ext.kernels import fp8_cast, permute, swiglu  # noqa: E402
+from dualpipe_ext.kernels import fp8_cast, permute, rmsnorm, router, swiglu  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(
@@ -94,6 +94,33 @@ def test_swiglu_compiles_without_spills(name, rows, weighted, tmp_path):
     assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
 
 
+# Blocks of DeepSeek-V3's latent and hidden sizes; the wide kernel only ever has the largest.
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("_forward_kernel", 512),
+        ("_forward_kernel", 7168),
+        ("_backward_kernel", 512),
+        ("_backward_kernel", 7168),
+        ("_wide_backward_kernel", 20000),
+    ],
+)
+def test_rmsnorm_compiles_without_spills(name, size, rows, tmp_path):
+    kernel = getattr(rmsnorm, name)
+    launch = rmsnorm._launch(size)
+    signature = {k: rows if k.endswith("_ptr") else "i32" for k in kernel.arg_names}
+    signature |= {"weight_ptr": "*fp32", "eps": "fp32", "BLOCK": "constexpr"}
+    if "partial_ptr" in signature:
+        signature["partial_ptr"] = "*fp32"
+    constexprs = {"BLOCK": launch["BLOCK"]}
+    compiled = compile_for_hopper(kernel, signature, constexprs, num_warps=launch["num_warps"])
+    assert spills_nothing(compiled, tmp_path)
+    # 16-byte loads where a thread has that many: 512 columns over 128 threads are 4 each.
+    width = "v4" if size > 512 or rows == "*fp32" else "v2"
+    assert f"ld.global.{width}" in compiled.asm["ptx"], "expected vector loads"
+
+
 def compile_permute(kernel, dtype, *, weighted=False, block=1024, top_k=8, **options):
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("source_ptr", "target_ptr", "rows_ptr", "out_ptr"), f"*{dtype}")
@@ -169,3 +196,66 @@ def test_dequantize_compiles_to_exact_instructions(rows, tmp_path):
     # One product, in float32; bf16 products would round twice.
     assert re.search(r"\bmul(\.rn)?\.f32", compiled.asm["ptx"])
     assert not re.search(r"\bfma\.|\.ftz|mul(\.rn)?\.bf16", compiled.asm["ptx"])
+
+
+# (experts, groups, top-k): DeepSeek-V3's, the tiny model's, and the most experts and choices.
+ROUTERS = [(256, 8, 8), (16, 4, 4), (4096, 16, 64)]
+
+
+def compile_with_rest_int32(kernel, pointers, constexprs, **options):
+    """Arguments that are neither pointers nor constants are 32-bit integers."""
+    signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    return compile_for_hopper(kernel, signature, constexprs, **options)
+
+
+@pytest.mark.parametrize("replicas", [False, True], ids=["plain", "replicas"])
+@pytest.mark.parametrize("sizes", ROUTERS, ids=str)
+def test_route_compiles_to_the_instructions_of_torch(sizes, replicas, tmp_path):
+    pointers = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weights_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("topk_idx_ptr", "counts_ptr"), "*i64")
+    pointers |= {"block_counts_ptr": "*i32", "route_scale": "fp32"}
+    constexprs = router._sizes(*sizes)
+    constexprs |= {"NUM_GROUPS": sizes[1], "TOP_GROUPS": sizes[1] // 2}
+    constexprs |= {"HAS_REPLICAS": replicas, "LIBDEVICE": True}
+    if not replicas:
+        constexprs["block_counts_ptr"] = None
+    options = {"num_warps": router._num_warps(constexprs), "enable_fp_fusion": False}
+    compiled = compile_with_rest_int32(router._route_kernel, pointers, constexprs, **options)
+    assert spills_nothing(compiled, tmp_path)
+    ptx = compiled.asm["ptx"]
+    # torch.sigmoid rounds as CUDA's expf and IEEE division do; subnormal scores keep their bits.
+    assert "div.rn.f32" in ptx
+    assert not re.search(r"div\.(full|approx)|div\.rn\.ftz|rcp\.approx", ptx)
+    if sizes[0] == 256:
+        assert "ld.global.v4" in ptx, "expected vector loads"
+
+
+@pytest.mark.parametrize("sizes", ROUTERS, ids=str)
+def test_slot_compiles_without_spills(sizes, tmp_path):
+    names = ("topk_idx_ptr", "before_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
+    constants = router._sizes(*sizes)
+    constexprs = {"TOKENS": constants["TOKENS"], "TOP_K": constants["TOP_K"]}
+    constexprs["PAIRS"] = constants["TOKENS"] * constants["TOP_K_PADDED"]
+    compiled = compile_with_rest_int32(
+        router._slot_kernel, dict.fromkeys(names, "*i64"), constexprs
+    )
+    assert spills_nothing(compiled, tmp_path)
+
+
+def test_router_compiles_for_one_of_everything():
+    # Triton makes a constant of an argument that is 1.
+    sizes = router._sizes(1, 1, 1)
+    pointers = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weights_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("topk_idx_ptr", "counts_ptr"), "*i64")
+    pointers |= {"block_counts_ptr": "*i32", "route_scale": "fp32"}
+    constexprs = sizes | {"NUM_GROUPS": 1, "TOP_GROUPS": 1, "num_tokens": 1, "logits_stride": 1}
+    constexprs |= {"HAS_REPLICAS": True, "LIBDEVICE": True}
+    assert compile_with_rest_int32(router._route_kernel, pointers, constexprs).asm["cubin"]
+
+    names = ("topk_idx_ptr", "before_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
+    ones = ("num_tokens", "num_experts", "max_replicas", "replica_offset")
+    constexprs = dict.fromkeys(ones, 1) | {"TOKENS": sizes["TOKENS"], "TOP_K": 1}
+    constexprs["PAIRS"] = sizes["TOKENS"] * sizes["TOP_K_PADDED"]
+    pointers = dict.fromkeys(names, "*i64")
+    assert compile_with_rest_int32(router._slot_kernel, pointers, constexprs).asm["cubin"]
