@@ -311,7 +311,6 @@ void bind_reports(py::module_& m) {
 
 void bind_ep(py::module_& m) {
   m.attr("MAX_LOCAL_RANKS") = kMaxLocalRanks;
-  m.attr("RUN_TOKENS") = kRunTokens;
   m.attr("COPY_EPOCH_OFFSET") = offsetof(ControlState, copy_epoch);
   bind_reports(m);
   py::class_<Comm>(m, "Comm").def(py::init(&make_comm), py::arg("peers"), py::arg("layout"),

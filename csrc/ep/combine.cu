@@ -74,16 +74,6 @@ __device__ void send_role(const Combine& c, const SharedLayout& shared, uint8_t*
   }
 }
 
-// Gives every peer leave to write into slab 0 of this rank. One warp.
-__device__ void send_permits(const Combine& c) {
-  for (uint32_t to = threadIdx.x % 32; to < c.num_ranks(); to += 32) {
-    if (to == c.me()) continue;
-    PermitLine* line = c.layout().control.permits.in(c.launch().peers.base[to]) + c.me();
-    ptx::st_relaxed_sys(&line->slab, 0);
-    ptx::st_release_sys(&line->epoch, c.epoch);
-  }
-}
-
 // Which part of a combine a kernel does: all, the way into the staging slab, or the sums.
 enum class Part { kAll, kPack, kReduce };
 
@@ -97,12 +87,12 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   if (__syncthreads_or(watchdog.aborted())) return;
   const SharedLayout shared(args);
   int32_t* first_rows = reinterpret_cast<int32_t*>(memory + shared.first_rows_offset(args));
-  const Combine c{args, call, watchdog, watchdog.state->transfer_epoch + 1, first_rows};
+  const Combine c{{args, call, watchdog, watchdog.state->transfer_epoch + 1}, first_rows};
   const Tuning& t = args.tuning;
   const uint32_t warp = threadIdx.x / 32, cta = place.cta;
   constexpr bool kStaging = kPart != Part::kAll;
 
-  if (kPart != Part::kReduce && cta == 0 && warp + 1 == blockDim.x / 32) send_permits(c);
+  if (kPart != Part::kReduce && cta == 0 && warp + 1 == blockDim.x / 32) c.send_permits(0);
   for (uint32_t r = threadIdx.x; r < c.num_ranks(); r += blockDim.x) {
     first_rows[r] = c.first_row(c.me(), r);
   }
@@ -144,13 +134,7 @@ cudaError_t launch(const CombineArgs& args, uint32_t staging_slab, cudaStream_t 
   const auto kernel = args.expert_layout == 0 ? combine_kernel<Row, false, false, kPart>
                       : args.weighted == 0    ? combine_kernel<Row, true, false, kPart>
                                               : combine_kernel<Row, true, true, kPart>;
-  const int bytes = static_cast<int>(SharedLayout(args).bytes(args));
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), bytes, stream>>>(
-      args, staging_slab);
-  return cudaGetLastError();
+  return launch_transfer(kernel, args, staging_slab, SharedLayout(args).bytes(args), stream);
 }
 
 template <Part kPart>

@@ -4,12 +4,11 @@
 
 #include <cstdint>
 
-#include "comm/launch.cuh"
 #include "ep/combine.h"
 #include "ep/ring.cuh"
 #include "ep/row_types.cuh"
 #include "ep/scan.cuh"
-#include "ptx/memory.cuh"
+#include "ep/transfer.cuh"
 
 namespace dualpipe {
 
@@ -17,55 +16,19 @@ namespace dualpipe {
 inline constexpr uint32_t kChunkRows = kRunTokens;
 
 // What all warps of a CTA know.
-struct Combine {
-  const CombineArgs& args;
-  const CombineCall& call;
-  Watchdog watchdog;
-  uint32_t epoch;
+struct Combine : Transfer<CombineArgs, CombineCall> {
   const int32_t* first_rows;  // [R] first row at rank r of what this rank sent there; shared
 
-  __device__ const LaunchArgs& launch() const { return args.launch; }
-  __device__ const WorkspaceLayout& layout() const { return args.launch.layout; }
-  __device__ uint32_t me() const { return call.rank; }
-  __device__ uint32_t num_ranks() const { return args.launch.peers.num_ranks; }
-  __device__ uint32_t top_k() const { return static_cast<uint32_t>(layout().shape.top_k); }
-  __device__ uint32_t places() const { return round_up(top_k(), 4); }
-  __device__ uint32_t per_rank() const {
-    return static_cast<uint32_t>(layout().shape.num_experts) / num_ranks();
-  }
-  __device__ int32_t sent(uint32_t source, uint32_t to) const {
-    return call.matrix[source * num_ranks() + to];
-  }
-  __device__ int32_t first_row(uint32_t source, uint32_t to) const {
-    int32_t row = 0;
-    for (uint32_t s = 0; s < source; ++s) row += sent(s, to);
-    return row;
-  }
-  __device__ uint8_t* slab(uint32_t rank, uint32_t index) const {
-    return launch().peers.base[rank] + layout().slab_offset(index);
-  }
   // Row `i` of what rank `from` has sent: every rank has a segment of its own.
   __device__ uint64_t segment_row(uint32_t from, uint32_t i) const {
     return uint64_t{from} * layout().shape.max_tokens + i;
   }
+  // Rows lie in a slab at whole lines.
   __device__ uint8_t* slab_row(uint8_t* slab, uint64_t row) const {
     return layout().slab.rows.in(slab) + row * round_up(args.row_bytes, kRegionAlignment);
   }
-  __device__ uint8_t* slab_weights(uint8_t* slab, uint64_t row) const {
-    return layout().slab.weights.in(slab) + row * layout().slab.weight_pitch;
-  }
-  __device__ uint32_t* chunk_flags(uint32_t at, uint32_t source) const {
-    return layout().control.run_flags.in(launch().peers.base[at]) + source * layout().control.runs;
-  }
   __device__ const uint8_t* input_row(uint64_t row) const {
     return call.rows + row * args.row_bytes;
-  }
-  __device__ void copy_weight(uint8_t* to, uint64_t i, const uint8_t* from, uint64_t j) const {
-    if (args.weight_bytes == 4) {
-      reinterpret_cast<uint32_t*>(to)[i] = from ? reinterpret_cast<const uint32_t*>(from)[j] : 0;
-    } else {
-      reinterpret_cast<uint64_t*>(to)[i] = from ? reinterpret_cast<const uint64_t*>(from)[j] : 0;
-    }
   }
 };
 
@@ -121,16 +84,10 @@ class ChunkSender {
   // Waits for the leave of every rank that gets rows, or of everyone: the copy engines write to all
   // peers, whatever these have sent. False if this rank has failed.
   __device__ bool open(bool everyone = false) const {
-    bool open = true;
-    for (uint32_t to = lane_; !kStaging && to < c_.num_ranks(); to += 32) {
-      if (to == c_.me() || (!everyone && c_.sent(to, c_.me()) == 0)) continue;
-      const PermitLine* permit =
-          c_.layout().control.permits.in(c_.launch().peers.base[c_.me()]) + to;
-      const WaitSite site{Phase::kCombinePermit, c_.me(), to, 0, c_.epoch};
-      open = open && wait_epoch(&permit->epoch, c_.epoch, site, c_.watchdog);
-    }
-    ptx::fence_proxy_async_global();  // bulk stores come after the permits
-    return __all_sync(~0u, open) != 0;
+    if (kStaging) return true;
+    return c_.wait_for_permits(
+        Phase::kCombinePermit, [&](uint32_t to) { return everyone || c_.sent(to, c_.me()) != 0; },
+        [](uint32_t, uint32_t) {});
   }
 
   // Where row `i` of the segment of rank `to` goes, and the numbers of its choices.
@@ -145,7 +102,7 @@ class ChunkSender {
   __device__ void publish(uint32_t to, uint32_t chunk) const {
     if (kStaging) return;
     __syncwarp();
-    if (lane_ == 0) ptx::st_release_sys(c_.chunk_flags(to, c_.me()) + chunk, c_.epoch);
+    if (lane_ == 0) ptx::st_release_sys(c_.run_flags(to, c_.me()) + chunk, c_.epoch);
   }
 
  private:

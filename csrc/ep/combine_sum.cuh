@@ -224,7 +224,7 @@ class TokenSums {
     if (kStaging) return true;
     if (source == seen_source_ && chunk == seen_chunk_) return true;
     const WaitSite site{Phase::kCombineRows, c_.me(), source, chunk, c_.epoch};
-    if (!wait_epoch(c_.chunk_flags(c_.me(), source) + chunk, c_.epoch, site, c_.watchdog)) {
+    if (!wait_epoch(c_.run_flags(c_.me(), source) + chunk, c_.epoch, site, c_.watchdog)) {
       return false;
     }
     seen_source_ = source;

@@ -143,28 +143,6 @@ __device__ void receive_role(const Dispatch& d, const SharedLayout& shared, uint
   pump(ring, work);
 }
 
-// Gives every peer leave to write into a slab of this rank. One warp.
-__device__ void send_permits(const Dispatch& d) {
-  for (uint32_t to = threadIdx.x % 32; to < d.num_ranks(); to += 32) {
-    if (to == d.me()) continue;
-    PermitLine* line = d.layout().control.permits.in(d.launch().peers.base[to]) + d.me();
-    ptx::st_relaxed_sys(&line->slab, d.call.slab);
-    ptx::st_release_sys(&line->epoch, d.epoch);
-  }
-}
-
-// Until every peer has given leave. One warp; false if the rank has failed.
-__device__ bool wait_for_permits(const Dispatch& d) {
-  bool open = true;
-  for (uint32_t to = threadIdx.x % 32; to < d.num_ranks(); to += 32) {
-    if (to == d.me()) continue;
-    const PermitLine* permit = d.layout().control.permits.in(d.launch().peers.base[d.me()]) + to;
-    const WaitSite site{Phase::kDispatchPermit, d.me(), to, 0, d.epoch};
-    open = open && wait_epoch(&permit->epoch, d.epoch, site, d.watchdog);
-  }
-  return __all_sync(~0u, open) != 0;
-}
-
 // Which part of a dispatch a kernel does: all, the way into the staging slab, the rows that stay on
 // the rank, or the way out of the slab.
 enum class Part { kAll, kPack, kOwn, kUnpack };
@@ -177,14 +155,14 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const DispatchCall& call = args.calls[place.local];
   const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);
   if (__syncthreads_or(watchdog.aborted())) return;
-  const Dispatch d{args, call, watchdog, watchdog.state->transfer_epoch + 1};
+  const Dispatch d{{args, call, watchdog, watchdog.state->transfer_epoch + 1}};
   const SharedLayout shared(args);
   const Tuning& t = args.tuning;
   const uint32_t warp = threadIdx.x / 32, cta = place.cta;
   constexpr bool kSends = kPart == Part::kAll || kPart == Part::kPack;
   constexpr bool kStaging = kPart != Part::kAll;
 
-  if (kSends && cta == 0 && warp + 1 == blockDim.x / 32) send_permits(d);
+  if (kSends && cta == 0 && warp + 1 == blockDim.x / 32) d.send_permits(call.slab);
   if (kPart == Part::kAll && t.mixed != 0) {
     const uint32_t ctas = args.launch.ctas;
     if (warp < t.send_warps) {
@@ -218,7 +196,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   if (kPart == Part::kPack && cta == 0) {
     // The copies that follow on the stream write into the peers' slabs.
     if (warp == 0) {
-      const bool open = wait_for_permits(d);
+      const bool open = d.wait_for_permits(
+          Phase::kDispatchPermit, [](uint32_t) { return true; }, [](uint32_t, uint32_t) {});
       // Without all permits the copies' flags must not vouch for them.
       if (open && threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
     }
@@ -230,14 +209,8 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
 
 template <Payload kPayload, Part kPart>
 cudaError_t launch(const DispatchArgs& args, uint32_t staging_slab, cudaStream_t stream) {
-  const auto kernel = dispatch_kernel<kPayload, kPart>;
-  const int bytes = static_cast<int>(SharedLayout(args).bytes(args));
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), bytes, stream>>>(
-      args, staging_slab);
-  return cudaGetLastError();
+  return launch_transfer(dispatch_kernel<kPayload, kPart>, args, staging_slab,
+                         SharedLayout(args).bytes(args), stream);
 }
 
 template <Part kPart>

@@ -179,8 +179,7 @@ class ZeroRows {
   __device__ void run() const {
     const int64_t num_rows = static_cast<int64_t>(d_.call.num_rows);
     if (d_.call.expert_layout == 0) return rows(d_.first_row(d_.num_ranks(), d_.me()), num_rows);
-    const uint32_t num_local =
-        static_cast<uint32_t>(d_.layout().shape.num_experts) / d_.num_ranks();
+    const uint32_t num_local = d_.per_rank();
     for (uint32_t e = 0; e < num_local; ++e) {
       const int64_t start = e == 0 ? 0 : d_.call.offsets[e - 1];
       rows(start + d_.call.counts[e], d_.call.offsets[e]);

@@ -4,69 +4,29 @@
 
 #include <cstdint>
 
-#include "comm/launch.cuh"
 #include "ep/dispatch.h"
 #include "ep/quantize.cuh"
 #include "ep/ring.cuh"
 #include "ep/scan.cuh"
-#include "ptx/memory.cuh"
+#include "ep/transfer.cuh"
 
 namespace dualpipe {
 
 // What all warps of a CTA know.
-struct Dispatch {
-  const DispatchArgs& args;
-  const DispatchCall& call;
-  Watchdog watchdog;
-  uint32_t epoch;
-
-  __device__ const LaunchArgs& launch() const { return args.launch; }
-  __device__ const WorkspaceLayout& layout() const { return args.launch.layout; }
-  __device__ uint32_t me() const { return call.rank; }
-  __device__ uint32_t num_ranks() const { return args.launch.peers.num_ranks; }
-  __device__ uint32_t top_k() const { return static_cast<uint32_t>(layout().shape.top_k); }
-  // Numbers of one row of `positions`.
-  __device__ uint32_t places() const { return round_up(top_k(), 4); }
+struct Dispatch : Transfer<DispatchArgs, DispatchCall> {
   __device__ uint32_t max_tokens() const {
     return static_cast<uint32_t>(layout().shape.max_tokens);
-  }
-  // Tokens that rank `source` sends to rank `to`.
-  __device__ int32_t sent(uint32_t source, uint32_t to) const {
-    return call.matrix[source * num_ranks() + to];
   }
   __device__ uint32_t tokens_of(uint32_t source) const {
     return call.matrix[num_ranks() * num_ranks() + source];
   }
-  // First row at `to` of what `source` sends.
-  __device__ int32_t first_row(uint32_t source, uint32_t to) const {
-    int32_t row = 0;
-    for (uint32_t s = 0; s < source; ++s) row += sent(s, to);
-    return row;
-  }
   // Rows lie in a slab at whole lines.
-  __device__ uint64_t slab_pitch() const { return round_up(args.out_bytes, kRegionAlignment); }
-  __device__ uint8_t* slab(uint32_t rank, uint32_t index) const {
-    return launch().peers.base[rank] + layout().slab_offset(index);
-  }
   __device__ uint8_t* slab_row(uint8_t* slab, uint64_t row) const {
-    return layout().slab.rows.in(slab) + row * slab_pitch();
+    return layout().slab.rows.in(slab) + row * round_up(args.out_bytes, kRegionAlignment);
   }
   __device__ float* slab_scales(uint8_t* slab, uint64_t row) const {
     return reinterpret_cast<float*>(layout().slab.scales.in(slab) +
                                     row * layout().slab.scale_pitch);
-  }
-  __device__ uint8_t* slab_weights(uint8_t* slab, uint64_t row) const {
-    return layout().slab.weights.in(slab) + row * layout().slab.weight_pitch;
-  }
-  __device__ uint32_t* run_flags(uint32_t at, uint32_t source) const {
-    return layout().control.run_flags.in(launch().peers.base[at]) + source * layout().control.runs;
-  }
-  __device__ void copy_weight(uint8_t* to, uint64_t i, const uint8_t* from, uint64_t j) const {
-    if (args.weight_bytes == 4) {
-      reinterpret_cast<uint32_t*>(to)[i] = from ? reinterpret_cast<const uint32_t*>(from)[j] : 0;
-    } else {
-      reinterpret_cast<uint64_t*>(to)[i] = from ? reinterpret_cast<const uint64_t*>(from)[j] : 0;
-    }
   }
 };
 

@@ -188,8 +188,7 @@ class SendWork {
     slots_[1] = valid && lane_ + 32 < ranks ? __ldg(slots + lane_ + 32) : -1;
     if (d_.call.weights == nullptr || !valid || lane_ >= d_.top_k()) return;
     const int32_t id = __ldg(d_.call.ids + uint64_t(token_) * d_.layout().id_pitch + lane_);
-    const uint32_t per_rank = static_cast<uint32_t>(d_.layout().shape.num_experts) / ranks;
-    owner_ = id >= 0 ? int32_t(id / per_rank) : -1;
+    owner_ = id >= 0 ? int32_t(id / d_.per_rank()) : -1;
   }
 
   __device__ void next_token() {
@@ -236,24 +235,23 @@ class SendWork {
 
   // Learns where the rows go; waits for leave to write there. False if the rank has failed.
   __device__ bool open_outbox() {
-    bool open = true;
-    for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
-      if (to == d_.me() || d_.sent(d_.me(), to) == 0) continue;
-      if constexpr (kWay == Way::kStaging) {
+    if constexpr (kWay == Way::kStaging) {
+      for (uint32_t to = lane_; to < d_.num_ranks(); to += 32) {
+        if (to == d_.me() || d_.sent(d_.me(), to) == 0) continue;
         // Segments of fixed size, so that the copies need no numbers from the device.
         outbox_.slabs[to] = d_.slab(d_.me(), staging_slab_);
         outbox_.shifts[to] = to * d_.max_tokens() - d_.first_row(d_.me(), to);
-      } else {
-        const PermitLine* permit =
-            d_.layout().control.permits.in(d_.launch().peers.base[d_.me()]) + to;
-        const WaitSite site{Phase::kDispatchPermit, d_.me(), to, 0, d_.epoch};
-        open = open && wait_epoch(&permit->epoch, d_.epoch, site, d_.watchdog);
-        outbox_.slabs[to] = d_.slab(to, ptx::ld_relaxed_sys(&permit->slab));
-        outbox_.shifts[to] = 0;
       }
+      __syncwarp();
+      return true;
+    } else {
+      return d_.wait_for_permits(
+          Phase::kDispatchPermit, [&](uint32_t to) { return d_.sent(d_.me(), to) != 0; },
+          [&](uint32_t to, uint32_t slab) {
+            outbox_.slabs[to] = d_.slab(to, slab);
+            outbox_.shifts[to] = 0;
+          });
     }
-    ptx::fence_proxy_async_global();  // bulk stores come after the permits
-    return __all_sync(~0u, open) != 0;
   }
 
   // Tells every peer that a run has arrived. Its bulk stores are complete, each as its own lane has

@@ -44,7 +44,7 @@ class CopyEngineTransport(PeerTransport):
 
     name = "copy_engine"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        dtypes=ROW_DTYPES, syncs_host=False, zero_copy=False, local_ranks=True
+        dtypes=ROW_DTYPES, syncs_host=False, zero_copy=False
     )
     transit_slabs = 2
     # What packs 59 MB in about 40 us; more brings little.

@@ -42,9 +42,7 @@ _UNWATCHED, _WATCHED = 0, 1
 class PeerTransport(Transport):
     """Base of the transports over peer memory."""
 
-    capabilities = Capabilities(
-        dtypes=ROW_DTYPES, syncs_host=False, zero_copy=True, local_ranks=True
-    )
+    capabilities = Capabilities(dtypes=ROW_DTYPES, syncs_host=False, zero_copy=True)
     # Slabs beyond those of zero-copy outputs.
     transit_slabs = _TRANSIT_SLABS
     # SMs of a kernel if the user names none.

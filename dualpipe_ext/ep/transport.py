@@ -74,8 +74,6 @@ class Capabilities:
     data shows are raised by :meth:`Transport.check`, on every rank, not by ``route``."""
     zero_copy: bool = False
     """Whether rows can be left in the communication buffer."""
-    local_ranks: bool = False
-    """Whether it serves virtual ranks of one process."""
 
 
 class Rows(NamedTuple):

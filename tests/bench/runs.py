@@ -67,9 +67,7 @@ class InMemory(Transport):
     """Virtual ranks on the CPU: the reference, on what all threads bring."""
 
     name = "in_memory"
-    capabilities = Capabilities(
-        dtypes=CollectiveTransport.capabilities.dtypes, syncs_host=True, local_ranks=True
-    )
+    capabilities = Capabilities(dtypes=CollectiveTransport.capabilities.dtypes, syncs_host=True)
 
     @classmethod
     def unavailable(cls, config):

@@ -1,0 +1,100 @@
+// What dispatch and combine have in common: finding one's way in the workspaces, the permits before
+// the first store, and the launch.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/launch.cuh"
+#include "ptx/bulk.cuh"
+#include "ptx/memory.cuh"
+
+namespace dualpipe {
+
+// What all warps of a CTA know. Args and Call are those of a dispatch or of a combine.
+template <class Args, class Call>
+struct Transfer {
+  const Args& args;
+  const Call& call;
+  Watchdog watchdog;
+  uint32_t epoch;
+
+  __device__ const LaunchArgs& launch() const { return args.launch; }
+  __device__ const WorkspaceLayout& layout() const { return args.launch.layout; }
+  __device__ uint32_t me() const { return call.rank; }
+  __device__ uint32_t num_ranks() const { return args.launch.peers.num_ranks; }
+  __device__ uint32_t top_k() const { return static_cast<uint32_t>(layout().shape.top_k); }
+  // Numbers of one row of `positions`.
+  __device__ uint32_t places() const { return round_up(top_k(), 4); }
+  // Experts of one rank.
+  __device__ uint32_t per_rank() const {
+    return static_cast<uint32_t>(layout().shape.num_experts) / num_ranks();
+  }
+  // Tokens that rank `source` sends to rank `to`.
+  __device__ int32_t sent(uint32_t source, uint32_t to) const {
+    return call.matrix[source * num_ranks() + to];
+  }
+  // First row at `to` of what `source` sends.
+  __device__ int32_t first_row(uint32_t source, uint32_t to) const {
+    int32_t row = 0;
+    for (uint32_t s = 0; s < source; ++s) row += sent(s, to);
+    return row;
+  }
+  __device__ uint8_t* slab(uint32_t rank, uint32_t index) const {
+    return launch().peers.base[rank] + layout().slab_offset(index);
+  }
+  __device__ uint8_t* slab_weights(uint8_t* slab, uint64_t row) const {
+    return layout().slab.weights.in(slab) + row * layout().slab.weight_pitch;
+  }
+  // Flags at rank `at` of what `source` sends there: a run each, or a chunk.
+  __device__ uint32_t* run_flags(uint32_t at, uint32_t source) const {
+    return layout().control.run_flags.in(launch().peers.base[at]) + source * layout().control.runs;
+  }
+  // One number of a choice; zero if `from` is null.
+  __device__ void copy_weight(uint8_t* to, uint64_t i, const uint8_t* from, uint64_t j) const {
+    if (args.weight_bytes == 4) {
+      reinterpret_cast<uint32_t*>(to)[i] = from ? reinterpret_cast<const uint32_t*>(from)[j] : 0;
+    } else {
+      reinterpret_cast<uint64_t*>(to)[i] = from ? reinterpret_cast<const uint64_t*>(from)[j] : 0;
+    }
+  }
+
+  // Gives every peer leave to write into a slab of this rank. One warp.
+  __device__ void send_permits(uint32_t slab) const {
+    for (uint32_t to = threadIdx.x % 32; to < num_ranks(); to += 32) {
+      if (to == me()) continue;
+      PermitLine* line = layout().control.permits.in(launch().peers.base[to]) + me();
+      ptx::st_relaxed_sys(&line->slab, slab);
+      ptx::st_release_sys(&line->epoch, epoch);
+    }
+  }
+
+  // Waits for the leave of every peer that `writes_to` names, then calls `opened` with the peer and
+  // the slab it offers. Lane l does so for peers l and l + 32. One warp; false if the rank has
+  // failed.
+  template <class WritesTo, class Opened>
+  __device__ bool wait_for_permits(Phase phase, WritesTo writes_to, Opened opened) const {
+    bool open = true;
+    for (uint32_t to = threadIdx.x % 32; to < num_ranks(); to += 32) {
+      if (to == me() || !writes_to(to)) continue;
+      const PermitLine* permit = layout().control.permits.in(launch().peers.base[me()]) + to;
+      open = open && wait_epoch(&permit->epoch, epoch, {phase, me(), to, 0, epoch}, watchdog);
+      opened(to, ptx::ld_relaxed_sys(&permit->slab));
+    }
+    ptx::fence_proxy_async_global();  // bulk stores come after the permits
+    return __all_sync(~0u, open) != 0;
+  }
+};
+
+// Enqueues a kernel on the CTAs of all ranks of the launch, with that much shared memory.
+template <class Kernel, class Args>
+cudaError_t launch_transfer(Kernel kernel, const Args& args, uint32_t staging_slab,
+                            uint32_t shared_bytes, cudaStream_t stream) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (status != cudaSuccess) return status;
+  kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), shared_bytes, stream>>>(
+      args, staging_slab);
+  return cudaGetLastError();
+}
+
+}  // namespace dualpipe
