@@ -82,19 +82,34 @@ def measure_all(sms: list[int], cases: list[str], changes: list[dict[str, int]])
             max_tokens=TOKENS,
             transport="nvlink",
             num_sms=num_sms,
+            # Every graph keeps a slab.
+            num_slabs=1 + len(cases) * len(changes),
         )
         for case in cases:
+            call = make_call(buffer, case)
             for change in changes:
                 for name, plan in plans.items():
                     setattr(tuning, name, changed(plan, change))
-                call = make_call(buffer, case)
-                graph_us, eager_us = microseconds(call)
+                # They are kept by shape: without this the change would not be seen.
+                buffer._transport.forget_tunings()
+                line = measured(call)
                 if dist.get_rank() == 0:
-                    print(f"{num_sms:4} {case:15} {graph_us:8.1f} {eager_us:8.1f}  {change or ''}")
+                    print(f"{num_sms:4} {case:15} {line}  {change or ''}", flush=True)
+            for name, plan in plans.items():
+                setattr(tuning, name, plan)
+            buffer._transport.forget_tunings()
         buffer.check()
-        del buffer
-    for name, plan in plans.items():
-        setattr(tuning, name, plan)
+        del call, buffer
+
+
+def measured(call: Callable[[], object]) -> str:
+    """Microseconds of a call in a graph and from Python; or why it cannot be launched so."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        # All ranks have the same tuning, so all of them come here.
+        return f"{error}"
+    return "{:8.1f} {:8.1f}".format(*microseconds(call))
 
 
 def changed(
@@ -114,8 +129,6 @@ def make_call(buffer: Buffer, case: str) -> Callable[[], object]:
     recv, handle = buffer.dispatch(
         x, idx, weights, layout=layout, zero_copy=case.endswith("buffer")
     )
-    # Tunings are kept by shape; another change must not find an older one's.
-    buffer._transport.forget_tunings()
     if case.startswith("combine"):
         rows: Tensor = recv.tokens.clone()
         factors = recv.weights.clone() if layout == "expert" else None

@@ -102,6 +102,7 @@ void bind_devices(py::module_& m) {
   m.def("devices", &devices);
   m.def("peer_link", &peer_link, py::arg("device"), py::arg("peer"));
   m.def("enable_peer_access", &enable_peer_access, py::arg("device"), py::arg("peer"));
+  m.def("capture_id", &capture_id, py::arg("stream"));
 }
 
 void bind_workspace(py::module_& m) {

@@ -65,6 +65,14 @@ PeerLink peer_link(int device, int peer) {
           p2p_attribute(cudaDevP2PAttrPerformanceRank, device, peer)};
 }
 
+uint64_t capture_id(uint64_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  check_cuda(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id),
+             "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 void enable_peer_access(int device, int peer) {
   int current = 0;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");

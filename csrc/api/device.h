@@ -33,6 +33,8 @@ int runtime_version();
 // Empty without a driver or without a GPU.
 std::vector<DeviceInfo> devices();
 PeerLink peer_link(int device, int peer);
+// Which capture a stream is in; 0 for none.
+uint64_t capture_id(uint64_t stream);
 // Lets kernels on `device` address the memory of `peer`; allowed twice.
 void enable_peer_access(int device, int peer);
 

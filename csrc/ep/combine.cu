@@ -36,7 +36,7 @@ struct SharedLayout {
   __host__ __device__ explicit SharedLayout(const CombineArgs& args) {
     const auto& shape = args.launch.layout.shape;
     piece = args.row_bytes < args.tuning.send_piece ? args.row_bytes : args.tuning.send_piece;
-    stage = {piece, round_up(shape.top_k * args.weight_bytes, 16)};
+    stage = {piece, CombineNumbers::kWeights + round_up(shape.top_k * args.weight_bytes, 16)};
     stages = args.tuning.send_warps * args.tuning.send_stages;
     sources = static_cast<uint32_t>((shape.num_ranks + shape.top_k) * sizeof(SumSource<F64Row>));
   }
@@ -58,18 +58,18 @@ __device__ void send_role(const Combine& c, const SharedLayout& shared, uint8_t*
                           SumSource<Row>* sources, uint32_t warp, uint32_t cta, uint32_t ctas,
                           uint32_t staging_slab) {
   const Tuning& tuning = c.args.tuning;
-  const uint32_t first = warp * ctas + cta;
-  const uint32_t step = tuning.send_warps * ctas;
+  const WorkQueue queue(c.watchdog.state, Queue::kSend, warp * ctas + cta,
+                        tuning.send_warps * ctas);
   delay(c.call.send_delay_ns);
   if constexpr (kExpert) {
-    send_sums<Row, kWeighted, kStaging>(c, first, step, staging_slab, sources);
+    send_sums<Row, kWeighted, kStaging>(c, queue, staging_slab, sources);
   } else {
     const uint32_t stage = warp * tuning.send_stages;
     Ring ring(memory + stage * shared.stage.bytes(),
               reinterpret_cast<uint64_t*>(memory + shared.full_offset()) + stage, shared.stage,
               tuning.send_stages);
     ring.init();
-    CopyChunks<kStaging> work(c, shared.piece, first, step, staging_slab);
+    CopyChunks<kStaging> work(c, shared.piece, queue, staging_slab);
     pump(ring, work);
   }
 }
@@ -100,22 +100,25 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   auto* sources =
       reinterpret_cast<SumSource<Row>*>(memory + shared.sources_offset() + warp * shared.sources);
   const uint32_t ctas = args.launch.ctas;
-  if (t.mixed != 0 || cta < t.send_ctas) {
-    if (kPart != Part::kReduce && warp < t.send_warps) {
-      send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
-                                                   t.mixed != 0 ? ctas : t.send_ctas, staging_slab);
-    }
+  const bool sends =
+      kPart != Part::kReduce && (t.mixed != 0 || cta < t.send_ctas) && warp < t.send_warps;
+  if (sends) {
+    send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
+                                                 t.mixed != 0 ? ctas : t.send_ctas, staging_slab);
   }
   // Sums start behind the send warps of a CTA that does both, else at the first warp of a local
   // one.
   const uint32_t first_sum = t.mixed != 0 ? t.send_warps : 0;
   const uint32_t first_cta = t.mixed != 0 ? 0 : t.send_ctas;
-  if (kPart != Part::kPack && cta >= first_cta && warp >= first_sum &&
-      warp < first_sum + t.receive_warps) {
+  const bool sums = cta >= first_cta && warp >= first_sum && warp < first_sum + t.receive_warps;
+  if (kPart != Part::kPack && (sends || sums)) {
     delay(call.receive_delay_ns);
-    TokenSums<Row, kExpert, kWeighted, kStaging> sums(c, sources);
-    sums.run((warp - first_sum) * (ctas - first_cta) + cta - first_cta,
-             t.receive_warps * (ctas - first_cta));
+    const uint32_t sum_ctas = ctas - first_cta, sum_warps = t.receive_warps * sum_ctas;
+    // Who has sent everything helps with the sums that are left.
+    TokenSums<Row, kExpert, kWeighted, kStaging>(c, sources)
+        .run(sends ? WorkQueue::joined(c.watchdog.state, Queue::kReceive, sum_warps)
+                   : WorkQueue(c.watchdog.state, Queue::kReceive,
+                               (warp - first_sum) * sum_ctas + cta - first_cta, sum_warps));
   }
   if (kPart == Part::kPack) {
     // The copies that follow on the stream write into the peers' slabs.

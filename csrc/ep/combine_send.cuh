@@ -9,6 +9,7 @@
 #include "ep/row_types.cuh"
 #include "ep/scan.cuh"
 #include "ep/transfer.cuh"
+#include "ep/work_queue.cuh"
 
 namespace dualpipe {
 
@@ -34,12 +35,19 @@ struct Combine : Transfer<CombineArgs, CombineCall> {
 
 // --- sending -------------------------------------------------------------------------------------
 
-// Which rows a send warp takes: chunks of kChunkRows rows, chunk by chunk over all ranks, so that
-// no two ranks push at one receiver for long.
+// Rows that one flag announces: part of what this rank sends to one other.
+struct Chunk {
+  uint32_t source = 0;  // rank that sent the tokens, and gets the rows
+  uint32_t index = 0;
+  uint32_t first = 0, last = 0;  // rows of that rank's segment
+  uint64_t input = 0;            // row in token layout of the segment's first
+};
+
+// The chunks that a queue hands out: index by index over all ranks, so that no two ranks push at
+// one receiver for long.
 class ChunkCursor {
  public:
-  __device__ ChunkCursor(const Combine& c, uint32_t first, uint32_t step)
-      : c_(c), next_(first), step_(step) {
+  __device__ ChunkCursor(const Combine& c, const WorkQueue& queue) : c_(c), queue_(queue) {
     int32_t most = 0;
     for (uint32_t s = 0; s < c.num_ranks(); ++s) {
       if (s != c.me()) most = max(most, c.sent(s, c.me()));
@@ -48,30 +56,25 @@ class ChunkCursor {
   }
 
   // Goes to the next chunk; false if there is none.
-  __device__ __forceinline__ bool advance() {
-    while (next_ < end_) {
-      const uint32_t others = c_.num_ranks() - 1;
-      chunk = next_ / others;
-      source = (c_.me() + 1 + next_ % others) % c_.num_ranks();
-      next_ += step_;
+  __device__ __forceinline__ bool advance(Chunk* chunk) {
+    for (;;) {
+      const uint32_t next = queue_.take(), others = c_.num_ranks() - 1;
+      if (next >= end_) return false;
+      queue_.ask();
+      const uint32_t index = next / others;
+      const uint32_t source = (c_.me() + 1 + next % others) % c_.num_ranks();
       const uint32_t rows = c_.sent(source, c_.me());
-      if (chunk * kChunkRows >= rows) continue;
-      first = chunk * kChunkRows;
-      last = min(first + kChunkRows, rows);
-      input = c_.first_row(source, c_.me());
+      if (index * kChunkRows >= rows) continue;
+      *chunk = {source, index, index * kChunkRows, min((index + 1) * kChunkRows, rows),
+                uint64_t(c_.first_row(source, c_.me()))};
       return true;
     }
-    return false;
   }
-
-  uint32_t source = 0;  // rank that sent the tokens, and gets the rows
-  uint32_t chunk = 0;
-  uint32_t first = 0, last = 0;  // rows of that rank's segment
-  uint64_t input = 0;            // row in token layout of the segment's first
 
  private:
   const Combine& c_;
-  uint32_t next_, end_, step_;
+  WorkQueue queue_;
+  uint32_t end_;
 };
 
 // What both ways of sending share: permits, places, flags.
@@ -115,75 +118,82 @@ class ChunkSender {
   const uint32_t lane_;
 };
 
+// The numbers behind the payload in a stage of a combine, on 16 bytes: a header, then the row's
+// weights.
+struct CombineNumbers {
+  uint32_t source, row, offset;  // row of the segment of that rank, byte of the row
+  uint32_t unused;
+
+  static constexpr uint32_t kWeights = 16;  // offset of the weights
+  __device__ static CombineNumbers& in(uint8_t* extra) {
+    return *reinterpret_cast<CombineNumbers*>(extra);
+  }
+};
+
 // Token layout: rows go as they are, by bulk copies through a ring.
 template <bool kStaging>
 class CopyChunks {
  public:
-  __device__ CopyChunks(const Combine& c, uint32_t piece_bytes, uint32_t first, uint32_t step,
+  __device__ CopyChunks(const Combine& c, uint32_t piece_bytes, const WorkQueue& queue,
                         uint32_t staging_slab)
-      : c_(c),
-        sender_(c, staging_slab),
-        piece_bytes_(piece_bytes),
-        loading_(c, first, step),
-        storing_(c, first, step) {}
+      : c_(c), sender_(c, staging_slab), piece_bytes_(piece_bytes), cursor_(c, queue) {}
 
   __device__ __forceinline__ bool load(Ring& ring, uint32_t stage) {
     if (failed_) return false;
-    if (load_row_ == loading_.last) {
-      if (!loading_.advance()) {
-        load_row_ = loading_.last;
-        return false;
-      }
-      load_row_ = loading_.first;
+    if (row_ == chunk_.last) {
+      if (!cursor_.advance(&chunk_)) return false;
+      row_ = chunk_.first;
     }
-    const uint32_t bytes = min(piece_bytes_, c_.args.row_bytes - load_offset_);
+    const uint32_t bytes = min(piece_bytes_, c_.args.row_bytes - offset_);
     // A row that there was no room for at this rank does not exist; anything may be sent instead.
-    const uint64_t row = min(loading_.input + load_row_, c_.call.num_rows - 1);
-    const bool with_weights = c_.call.row_weights != nullptr && load_offset_ == 0;
+    const uint64_t row = min(chunk_.input + row_, c_.call.num_rows - 1);
+    const bool with_weights = c_.call.row_weights != nullptr && offset_ == 0;
     const uint32_t weight_bytes = c_.top_k() * c_.args.weight_bytes;
     const uint8_t* weights = c_.call.row_weights + row * weight_bytes;
     // Bulk copies move whole 16 bytes.
     const bool bulk_weights = with_weights && weight_bytes % 16 == 0;
     if (with_weights && !bulk_weights && threadIdx.x % 32 < c_.top_k()) {
-      c_.copy_weight(ring.extra(stage), threadIdx.x % 32, weights, threadIdx.x % 32);
+      c_.copy_weight(ring.extra(stage) + CombineNumbers::kWeights, threadIdx.x % 32, weights,
+                     threadIdx.x % 32);
     }
-    __syncwarp();
     if (threadIdx.x % 32 == 0) {
+      CombineNumbers::in(ring.extra(stage)) = {chunk_.source, row_, offset_, 0};
       uint64_t* full = ring.full(stage);
       ptx::mbarrier_arrive_expect_tx(full, bytes + (bulk_weights ? weight_bytes : 0));
-      ptx::bulk_load(ring.piece(stage), c_.input_row(row) + load_offset_, bytes, full);
-      if (bulk_weights) ptx::bulk_load(ring.extra(stage), weights, weight_bytes, full);
+      ptx::bulk_load(ring.piece(stage), c_.input_row(row) + offset_, bytes, full);
+      if (bulk_weights) {
+        ptx::bulk_load(ring.extra(stage) + CombineNumbers::kWeights, weights, weight_bytes, full);
+      }
     }
-    load_offset_ += bytes;
-    if (load_offset_ == c_.args.row_bytes) {
-      load_offset_ = 0;
-      ++load_row_;
+    __syncwarp();
+    offset_ += bytes;
+    if (offset_ == c_.args.row_bytes) {
+      offset_ = 0;
+      ++row_;
     }
     return true;
   }
 
   __device__ __forceinline__ void store(Ring& ring, uint32_t stage) {
-    if (store_row_ == storing_.last) begin_chunk();
+    const CombineNumbers at = CombineNumbers::in(ring.extra(stage));
+    const Announced chunk{at.source, at.row / kChunkRows};
+    if (chunk != current_) begin_chunk(chunk);
     if (failed_) return;
+    if (steps_of_chunk_ == kStepsBeforeFlag) announce_previous();
     ++steps_of_chunk_;
-    const uint32_t bytes = min(piece_bytes_, c_.args.row_bytes - store_offset_);
-    const bool with_weights = c_.call.row_weights != nullptr && store_offset_ == 0;
+    const uint32_t bytes = min(piece_bytes_, c_.args.row_bytes - at.offset);
+    const bool with_weights = c_.call.row_weights != nullptr && at.offset == 0;
     if (with_weights && c_.top_k() * c_.args.weight_bytes % 16 != 0) {
       ptx::fence_proxy_async_shared();
       __syncwarp();
     }
     if (threadIdx.x % 32 == 0) {
-      ptx::bulk_store(sender_.row(storing_.source, store_row_) + store_offset_, ring.piece(stage),
-                      bytes);
+      ptx::bulk_store(sender_.row(at.source, at.row) + at.offset, ring.piece(stage), bytes);
       if (with_weights) {
-        ptx::bulk_store(sender_.weights(storing_.source, store_row_), ring.extra(stage),
+        ptx::bulk_store(sender_.weights(at.source, at.row),
+                        ring.extra(stage) + CombineNumbers::kWeights,
                         round_up(c_.top_k() * c_.args.weight_bytes, 16));
       }
-    }
-    store_offset_ += bytes;
-    if (store_offset_ == c_.args.row_bytes) {
-      store_offset_ = 0;
-      ++store_row_;
     }
   }
 
@@ -191,37 +201,53 @@ class CopyChunks {
   __device__ __forceinline__ bool wait() {
     if (failed_) return false;
     ptx::bulk_wait_group<0>();
-    if (have_previous_) sender_.publish(previous_source_, previous_chunk_);
-    if (have_current_) sender_.publish(storing_.source, storing_.chunk);
+    publish(previous_);
+    publish(current_);
     return false;
   }
 
  private:
-  // The flag of a chunk is sent one chunk later, when waiting for its stores costs nothing.
-  __device__ __forceinline__ void begin_chunk() {
-    if (!have_current_ && !sender_.open()) {
+  // What a flag tells of.
+  struct Announced {
+    uint32_t source = 0, chunk = kNone;
+    static constexpr uint32_t kNone = ~0u;
+    __device__ bool operator!=(const Announced& other) const {
+      return source != other.source || chunk != other.chunk;
+    }
+  };
+
+  __device__ __forceinline__ void publish(const Announced& chunk) const {
+    if (chunk.chunk != Announced::kNone) sender_.publish(chunk.source, chunk.chunk);
+  }
+
+  // Tells of the chunk before this one, as a dispatch does of a run.
+  __device__ __forceinline__ void announce_previous() {
+    if (previous_.chunk == Announced::kNone) return;
+    bulk_wait_group_at_most(steps_of_chunk_);
+    publish(previous_);
+    previous_ = {};
+  }
+
+  __device__ __forceinline__ void begin_chunk(const Announced& chunk) {
+    if (current_.chunk == Announced::kNone && !sender_.open()) {
       failed_ = true;
       return;
     }
-    if (have_previous_) {
-      bulk_wait_group_at_most(steps_of_chunk_);
-      sender_.publish(previous_source_, previous_chunk_);
-    }
-    have_previous_ = have_current_;
-    previous_source_ = storing_.source;
-    previous_chunk_ = storing_.chunk;
-    have_current_ = storing_.advance();
-    store_row_ = storing_.first;
+    announce_previous();  // if this chunk had fewer steps than that
+    previous_ = current_;
+    current_ = chunk;
     steps_of_chunk_ = 0;
   }
 
   const Combine& c_;
   const ChunkSender<kStaging> sender_;
   const uint32_t piece_bytes_;
-  ChunkCursor loading_, storing_;
-  uint32_t load_row_ = 0, load_offset_ = 0, store_row_ = 0, store_offset_ = 0;
-  uint32_t previous_source_ = 0, previous_chunk_ = 0, steps_of_chunk_ = 0;
-  bool have_current_ = false, have_previous_ = false, failed_ = false;
+  ChunkCursor cursor_;
+  Chunk chunk_;                    // being loaded
+  uint32_t row_ = 0, offset_ = 0;  // of it
+  Announced current_, previous_;   // being stored, and the one before
+  uint32_t steps_of_chunk_ = 0;    // of the current one
+  bool failed_ = false;
 };
 
 }  // namespace dualpipe

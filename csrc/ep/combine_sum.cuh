@@ -74,14 +74,14 @@ __device__ uint32_t append_expert_rows(const Combine& c, uint64_t row, SumSource
 // Expert layout, sending: a row's expert rows are summed, rounded once, and go to the rank of the
 // token by ordinary stores.
 template <class Row, bool kWeighted, bool kStaging>
-__device__ void send_sums(const Combine& c, uint32_t first, uint32_t step, uint32_t staging_slab,
+__device__ void send_sums(const Combine& c, const WorkQueue& queue, uint32_t staging_slab,
                           SumSource<Row>* sources) {
   constexpr uint32_t kUnits = kSentShape.units;
   const ChunkSender<kStaging> sender(c, staging_slab);
   const uint32_t units = c.args.row_bytes / 16, lane = threadIdx.x % 32;
-  ChunkCursor at(c, first, step);
+  ChunkCursor cursor(c, queue);
   if (!sender.open()) return;
-  while (at.advance()) {
+  for (Chunk at; cursor.advance(&at);) {
     for (uint32_t i = at.first; i < at.last; ++i) {
       __syncwarp();
       const uint32_t count = append_expert_rows(c, at.input + i, sources, 0);
@@ -104,7 +104,7 @@ __device__ void send_sums(const Combine& c, uint32_t first, uint32_t step, uint3
                       place);
       }
     }
-    sender.publish(at.source, at.chunk);
+    sender.publish(at.source, at.index);
   }
 }
 
@@ -115,14 +115,10 @@ class TokenSums {
   __device__ TokenSums(const Combine& c, SumSource<Row>* sources)
       : c_(c), sources_(sources), lane_(threadIdx.x % 32), slab_(c.slab(c.me(), 0)) {}
 
-  // Blocks `first`, `first + step`, ... of 2 consecutive tokens.
-  __device__ void run(uint32_t first, uint32_t step) {
-    constexpr uint32_t kBlock = 2;
-    for (uint32_t t0 = first * kBlock; t0 < c_.call.num_tokens; t0 += step * kBlock) {
-      const uint32_t end = min(t0 + kBlock, c_.call.num_tokens);
-      for (uint32_t t = t0; t < end; ++t) {
-        if (!token(t)) return;
-      }
+  // The tokens that the queue hands out.
+  __device__ void run(WorkQueue queue) {
+    for (uint32_t t; (t = queue.take()) < c_.call.num_tokens;) {
+      if (!token(t, queue)) return;
     }
   }
 
@@ -135,8 +131,9 @@ class TokenSums {
     uint32_t own, higher, end;  // where each kind starts
   };
 
-  // False if the rank has failed.
-  __device__ bool token(uint32_t t) {
+  // False if the rank has failed. Asks for the next token only near the end of this one: what a
+  // warp has been given, no other can take over.
+  __device__ bool token(uint32_t t, WorkQueue& queue) {
     List list;
     __syncwarp();  // the sources of the token before have been read
     if (!gather(t, &list)) return false;
@@ -144,6 +141,7 @@ class TokenSums {
     const uint32_t units = c_.args.row_bytes / 16;
     const uint64_t row = uint64_t{t} * c_.args.row_bytes;
     for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
+      if (unit0 + 32 * kUnits >= units) queue.ask();
       const uint32_t unit = unit0 + lane_;
       Numbers<Row> total[kUnits];
 #pragma unroll

@@ -38,7 +38,7 @@ namespace dualpipe {
 namespace {
 
 // Threads of a CTA, at most.
-constexpr uint32_t kDispatchThreads = 640;
+constexpr uint32_t kDispatchThreads = 512;
 
 // How a CTA's shared memory is cut, the same on host and device.
 struct SharedLayout {
@@ -58,7 +58,9 @@ struct SharedLayout {
     receive_piece = args.out_bytes < t.receive_piece ? args.out_bytes : t.receive_piece;
     send_numbers = {places, ranks, places, scales, weight_words};
     receive_numbers = {places, 0, 0, scales, 0};
-    send_stage = {send_piece, send_numbers.bytes()};
+    // A warp that quantises reads rows into registers; its stages hold what becomes of them.
+    const uint32_t shrinks = args.payload == Payload::kAsIs ? 1 : 2;
+    send_stage = {send_piece / shrinks, send_numbers.bytes()};
     receive_stage = {receive_piece, receive_numbers.bytes()};
     send_stages = t.send_warps * t.send_stages;
     own_stages = t.own_warps * t.own_stages;
@@ -88,10 +90,14 @@ struct SharedLayout {
 // The place of a warp among those of its role, over all CTAs that have it. Neighbours in the work
 // are in different CTAs: with little work, every SM has some.
 struct Share {
-  uint32_t first, step;
+  uint32_t index, count;
 
   __device__ Share(uint32_t warp, uint32_t warps, uint32_t cta, uint32_t ctas)
-      : first(warp * ctas + cta), step(warps * ctas) {}
+      : index(warp * ctas + cta), count(warps * ctas) {}
+
+  __device__ WorkQueue of(const Dispatch& d, Queue queue) const {
+    return {d.watchdog.state, queue, index, count};
+  }
 };
 
 template <Payload kPayload, Way kWay>
@@ -109,8 +115,8 @@ __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t
   const Outbox box{
       reinterpret_cast<uint8_t**>(outbox) + warp * ranks,
       reinterpret_cast<int32_t*>(outbox + 8 * tuning.send_warps * ranks) + warp * ranks};
-  SendWork<kPayload, kWay> work(d, shared.send_numbers, shared.send_piece, box, share.first,
-                                share.step, staging_slab);
+  SendWork<kPayload, kWay> work(d, shared.send_numbers, shared.send_piece, box,
+                                share.of(d, Queue::kSend), staging_slab);
   pump(ring, work);
 }
 
@@ -122,8 +128,8 @@ __device__ void own_role(const Dispatch& d, const SharedLayout& shared, uint8_t*
             reinterpret_cast<uint64_t*>(memory + shared.local_full()) + stage, shared.send_stage,
             d.args.tuning.own_stages);
   ring.init();
-  SendWork<kPayload, Way::kOwn> work(d, shared.send_numbers, shared.send_piece, {}, share.first,
-                                     share.step, 0);
+  SendWork<kPayload, Way::kOwn> work(d, shared.send_numbers, shared.send_piece, {},
+                                     share.of(d, Queue::kOwn), 0);
   pump(ring, work);
 }
 
@@ -131,9 +137,9 @@ template <bool kStaging>
 __device__ void receive_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
                              uint32_t warp, const Share& share) {
   delay(d.call.receive_delay_ns);
-  ZeroRows(d, share.first, share.step).run();
-  ReceiveWork<kStaging> work(d, shared.receive_numbers, shared.receive_piece, share.first,
-                             share.step);
+  ZeroRows(d, share.index, share.count).run();
+  ReceiveWork<kStaging> work(d, shared.receive_numbers, shared.receive_piece,
+                             share.of(d, Queue::kReceive));
   if (d.call.keep_in_slab != 0) return work.await_all();
   const uint32_t stage = warp * d.args.tuning.receive_stages;
   Ring ring(memory + shared.receive_offset() + stage * shared.receive_stage.bytes(),

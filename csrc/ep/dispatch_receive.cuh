@@ -8,19 +8,18 @@
 
 namespace dualpipe {
 
-// Takes in runs `first`, `first + step`, ... of all other ranks, earliest first.
+// Takes in the runs of all other ranks that a queue hands out, earliest first.
 template <bool kStaging>
 class ReceiveWork {
  public:
   __device__ ReceiveWork(const Dispatch& dispatch, const StageNumbers& numbers,
-                         uint32_t piece_bytes, uint32_t first, uint32_t step)
+                         uint32_t piece_bytes, const WorkQueue& queue)
       : d_(dispatch),
         numbers_(numbers),
         piece_bytes_(piece_bytes),
-        step_(step),
         lane_(threadIdx.x % 32),
         slab_(dispatch.slab(dispatch.me(), dispatch.call.slab)),
-        next_(first) {
+        queue_(queue) {
     uint32_t longest = 0;
     for (uint32_t s = 0; s < d_.num_ranks(); ++s) {
       if (s != d_.me()) longest = max(longest, num_runs(s));
@@ -103,18 +102,20 @@ class ReceiveWork {
   // Goes to the next run that has rows for this rank, unless one is waited for already. False if
   // there is none.
   __device__ bool begin_run() {
-    while (flag_ == nullptr && next_ < end_) {
-      const uint32_t others = d_.num_ranks() - 1;
-      run_ = next_ / others;
-      source_ = (d_.me() + 1 + next_ % others) % d_.num_ranks();
-      next_ += step_;
-      if (run_ >= num_runs(source_)) continue;
-      const int32_t* starts = d_.call.run_starts + source_ * (d_.layout().control.runs + 1);
-      first_ = starts[run_];
-      last_ = starts[run_ + 1];
-      if (first_ < last_) flag_ = d_.run_flags(d_.me(), source_) + run_;
+    while (flag_ == nullptr) {
+      const uint32_t next = queue_.take(), others = d_.num_ranks() - 1;
+      if (next >= end_) return false;
+      run_ = next / others;
+      source_ = (d_.me() + 1 + next % others) % d_.num_ranks();
+      if (run_ < num_runs(source_)) {
+        const int32_t* starts = d_.call.run_starts + source_ * (d_.layout().control.runs + 1);
+        first_ = starts[run_];
+        last_ = starts[run_ + 1];
+        if (first_ < last_) flag_ = d_.run_flags(d_.me(), source_) + run_;
+      }
+      if (flag_ == nullptr) queue_.ask();
     }
-    return flag_ != nullptr;
+    return true;
   }
 
   __device__ bool arrived() const {
@@ -130,6 +131,7 @@ class ReceiveWork {
     __syncwarp();
     ptx::fence_proxy_async_global();
     flag_ = nullptr;
+    queue_.ask();
     shift_ = kStaging ? int32_t(source_ * d_.max_tokens()) - d_.first_row(source_, d_.me()) : 0;
     if (d_.call.out_weights != nullptr) take_weights();
     row_ = first_;
@@ -155,10 +157,10 @@ class ReceiveWork {
   const Dispatch& d_;
   const StageNumbers numbers_;
   const uint32_t piece_bytes_;
-  const uint32_t step_;
   const uint32_t lane_;
   uint8_t* const slab_;
-  uint32_t next_, end_;  // (run, source) pairs not yet begun
+  WorkQueue queue_;  // of (run, source) pairs
+  uint32_t end_;
   // The run that is waited for; no flag: none.
   const uint32_t* flag_ = nullptr;
   uint32_t run_ = 0, source_ = 0;

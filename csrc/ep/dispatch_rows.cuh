@@ -9,6 +9,7 @@
 #include "ep/ring.cuh"
 #include "ep/scan.cuh"
 #include "ep/transfer.cuh"
+#include "ep/work_queue.cuh"
 
 namespace dualpipe {
 
@@ -92,13 +93,23 @@ __device__ inline void store_weights_to_output(const Dispatch& d, const StageNum
   }
 }
 
-// The same for `count` scales, the first of which is number `first` of its row.
+// The same for `count` scales, the first of which is number `first` of its row. By bulk stores
+// where they can be: ordinary ones, a later proxy fence of the warp would wait for.
 __device__ inline void store_scales_to_output(const Dispatch& d, const StageNumbers& numbers,
                                               uint8_t* extra, int32_t row, uint32_t first,
                                               uint32_t count, uint64_t pitch) {
   const uint32_t lane = threadIdx.x % 32;
   const float* scales = numbers.scale(extra);
   const uint32_t copies = d.call.expert_layout == 0 ? 1 : d.top_k();
+  if (pitch % 4 == 0 && first % 4 == 0 && count % 4 == 0) {
+    const int32_t to = d.call.expert_layout == 0 ? row
+                       : lane < copies           ? numbers.place(extra)[lane]
+                                                 : -1;
+    if (lane < copies && to >= 0 && uint64_t(to) < d.call.num_rows) {
+      ptx::bulk_store(d.call.out_scales + uint64_t(to) * pitch + first, scales, 4 * count);
+    }
+    return;
+  }
   for (uint32_t k = 0; k < copies; ++k) {
     const int32_t to = d.call.expert_layout == 0 ? row : numbers.place(extra)[k];
     if (to < 0 || uint64_t(to) >= d.call.num_rows) continue;

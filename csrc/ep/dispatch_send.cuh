@@ -19,22 +19,22 @@ struct Outbox {
 // this rank itself, or other ranks and this one.
 enum class Way { kPeers, kStaging, kOwn, kEverywhere };
 
-// Sends runs `first`, `first + step`, ... of this rank's tokens.
+// Sends the runs of this rank's tokens that a queue hands out.
 template <Payload kPayload, Way kWay>
 class SendWork {
  public:
   __device__ SendWork(const Dispatch& dispatch, const StageNumbers& numbers, uint32_t piece_bytes,
-                      const Outbox& outbox, uint32_t first, uint32_t step, uint32_t staging_slab)
+                      const Outbox& outbox, const WorkQueue& queue, uint32_t staging_slab)
       : d_(dispatch),
         numbers_(numbers),
         piece_bytes_(piece_bytes),
         outbox_(outbox),
-        step_(step),
         staging_slab_(staging_slab),
         lane_(threadIdx.x % 32),
         run_length_(run_tokens(dispatch.call.num_tokens)),
-        token_(first * run_length_) {
-    fetch_slots();
+        queue_(queue),
+        token_(queue_.take() * run_length_) {
+    fetch_numbers();
   }
 
   __device__ bool load(Ring& ring, uint32_t stage) {
@@ -47,7 +47,7 @@ class SendWork {
     if (lane_ + 32 < d_.num_ranks()) slots[lane_ + 32] = slots_[1];
     const bool with_weights = d_.call.weights != nullptr && offset_ == 0;
     if (with_weights && lane_ < d_.top_k()) {
-      numbers_.owner(extra)[lane_] = owner_;
+      numbers_.owner(extra)[lane_] = id_ >= 0 ? int32_t(id_ / d_.per_rank()) : -1;
       if (!bulk_weights())
         d_.copy_weight(numbers_.weights(extra), lane_, weights_of(token_), lane_);
     }
@@ -61,10 +61,14 @@ class SendWork {
       const uint32_t scale_bytes = bulk_scales() ? 4 * (bytes / kQuantBlock) : 0;
       const uint32_t weight_bytes =
           with_weights && bulk_weights() ? d_.top_k() * d_.args.weight_bytes : 0;
-      ptx::mbarrier_arrive_expect_tx(
-          full, bytes + (places ? 4 * d_.places() : 0) + scale_bytes + weight_bytes);
-      ptx::bulk_load(ring.piece(stage), d_.call.x + uint64_t(token_) * d_.args.in_bytes + offset_,
-                     bytes, full);
+      ptx::mbarrier_arrive_expect_tx(full, (kPayload == Payload::kAsIs ? bytes : 0) +
+                                               (places ? 4 * d_.places() : 0) + scale_bytes +
+                                               weight_bytes);
+      if constexpr (kPayload == Payload::kAsIs) {
+        ptx::bulk_load(ring.piece(stage), row_of(token_) + offset_, bytes, full);
+      } else {
+        ptx::bulk_prefetch(row_of(token_) + offset_, bytes);
+      }
       if (places) {
         ptx::bulk_load(numbers_.place(extra), d_.call.positions + uint64_t(own) * d_.places(),
                        4 * d_.places(), full);
@@ -88,6 +92,7 @@ class SendWork {
     const uint32_t token = numbers_.header(extra)[0], offset = numbers_.header(extra)[1];
     if (kToSlabs && token / run_length_ != run_) begin_run(token / run_length_);
     if (failed_) return;
+    if (steps_of_run_ == kStepsBeforeFlag) announce_previous();
     ++steps_of_run_;
 
     Piece piece{offset, min(piece_bytes_, d_.args.in_bytes - offset)};
@@ -100,13 +105,16 @@ class SendWork {
     } else {
       first_scale /= 2;  // two bytes a value
       num_scales = piece.bytes / 2 / kQuantBlock;
-      quantize_in_place<kPayload == Payload::kQuantizePow2>(ring.piece(stage),
-                                                            numbers_.scale(extra), piece.bytes / 2);
+      quantize<kPayload == Payload::kQuantizePow2>(row_of(token) + offset, ring.piece(stage),
+                                                   numbers_.scale(extra), piece.bytes / 2);
       piece = {piece.first / 2, piece.bytes / 2};
     }
 
     const bool with_weights = d_.call.weights != nullptr && offset == 0;
-    // What ordinary stores have written to the stage, bulk stores will read.
+    if (with_weights && kToOutput && bulk_own_weights()) keep_own_weights(extra);
+    // What ordinary stores have written to the stage, bulk stores will read. The fence also waits
+    // for the warp's ordinary stores to global memory, a microsecond: a warp that quantises should
+    // have none under way.
     if (kPayload != Payload::kAsIs || (with_weights && !bulk_weights()) ||
         (num_scales != 0 && !bulk_scales())) {
       ptx::fence_proxy_async_shared();
@@ -124,7 +132,12 @@ class SendWork {
         store_scales_to_output(d_, numbers_, extra, own, first_scale, num_scales,
                                d_.call.out_scale_pitch);
       }
-      if (with_weights) {
+      if (with_weights && bulk_own_weights()) {
+        if (lane_ == 0 && uint64_t(own) < d_.call.num_rows) {
+          ptx::bulk_store(d_.call.out_weights + uint64_t(own) * d_.top_k() * 4,
+                          numbers_.owner(extra), 4 * d_.top_k());
+        }
+      } else if (with_weights) {
         const bool here = lane_ < d_.top_k() && numbers_.owner(extra)[lane_] == int32_t(d_.me());
         store_weights_to_output(d_, numbers_, extra, own, here);
       }
@@ -179,25 +192,29 @@ class SendWork {
     return __shfl_sync(~0u, d_.me() < 32 ? slots_[0] : slots_[1], d_.me() % 32);
   }
 
-  // One token ahead of its use, so that the trip to memory is over by then.
-  __device__ void fetch_slots() {
+  // One token ahead of their use, so that the trip to memory is over by then; nothing here may
+  // look at what comes back.
+  __device__ void fetch_numbers() {
+    if ((token_ + 1) % run_length_ == 0 && token_ < d_.call.num_tokens) queue_.ask();
     const uint32_t ranks = d_.num_ranks();
     const int32_t* slots = d_.call.slots + uint64_t(token_) * ranks;
     const bool valid = token_ < d_.call.num_tokens;
     slots_[0] = valid && lane_ < ranks ? __ldg(slots + lane_) : -1;
     slots_[1] = valid && lane_ + 32 < ranks ? __ldg(slots + lane_ + 32) : -1;
     if (d_.call.weights == nullptr || !valid || lane_ >= d_.top_k()) return;
-    const int32_t id = __ldg(d_.call.ids + uint64_t(token_) * d_.layout().id_pitch + lane_);
-    owner_ = id >= 0 ? int32_t(id / d_.per_rank()) : -1;
+    id_ = __ldg(d_.call.ids + uint64_t(token_) * d_.layout().id_pitch + lane_);
   }
 
   __device__ void next_token() {
     offset_ = 0;
     ++token_;
-    if (token_ % run_length_ == 0) token_ += (step_ - 1) * run_length_;
-    fetch_slots();
+    if (token_ % run_length_ == 0) token_ = queue_.take() * run_length_;
+    fetch_numbers();
   }
 
+  __device__ const uint8_t* row_of(uint32_t token) const {
+    return d_.call.x + uint64_t(token) * d_.args.in_bytes;
+  }
   __device__ const float* scales_of(uint32_t token) const {
     return d_.call.x_scales + uint64_t(token) * d_.args.num_scales;
   }
@@ -209,6 +226,18 @@ class SendWork {
     return d_.call.weights + uint64_t(token) * d_.top_k() * d_.args.weight_bytes;
   }
   __device__ bool bulk_weights() const { return d_.top_k() * d_.args.weight_bytes % 16 == 0; }
+  // Numbers of rows that stay, where ordinary stores would hold up a fence.
+  __device__ bool bulk_own_weights() const {
+    return kPayload != Payload::kAsIs && d_.call.expert_layout == 0 && d_.args.weight_bytes == 4 &&
+           bulk_weights();
+  }
+  // Puts the numbers of this rank's choices, zero for the others, in the place of their owners.
+  __device__ void keep_own_weights(uint8_t* extra) const {
+    if (lane_ >= d_.top_k()) return;
+    int32_t& owner = numbers_.owner(extra)[lane_];
+    const bool here = owner == int32_t(d_.me());
+    owner = here ? reinterpret_cast<const int32_t*>(numbers_.weights(extra))[lane_] : 0;
+  }
   __device__ void fetch_scales(uint8_t* extra, uint32_t token, uint32_t first, uint32_t count) {
     for (uint32_t i = lane_; i < count; i += 32) {
       numbers_.scale(extra)[i] = scales_of(token)[first + i];
@@ -222,15 +251,19 @@ class SendWork {
       failed_ = true;
       return;
     }
-    // All but the groups of the run that has just ended have arrived: the run before it is
-    // complete.
-    if (kTells && previous_run_ != kNoRun) {
-      bulk_wait_group_at_most(steps_of_run_);
-      publish(previous_run_);
-    }
+    announce_previous();  // if this run had fewer steps than that
     previous_run_ = run_;
     run_ = run;
     steps_of_run_ = 0;
+  }
+
+  // Tells of the run before this one, once all groups but this one's have arrived. Some steps late,
+  // when waiting for them costs little; and no later, for the receiver has work to do.
+  __device__ void announce_previous() {
+    if (!kTells || previous_run_ == kNoRun) return;
+    bulk_wait_group_at_most(steps_of_run_);
+    publish(previous_run_);
+    previous_run_ = kNoRun;
   }
 
   // Learns where the rows go; waits for leave to write there. False if the rank has failed.
@@ -270,16 +303,16 @@ class SendWork {
   const StageNumbers numbers_;
   const uint32_t piece_bytes_;
   const Outbox outbox_;
-  const uint32_t step_;
   const uint32_t staging_slab_;
   const uint32_t lane_;
   const uint32_t run_length_;
+  WorkQueue queue_;                                // of runs
   uint32_t token_;                                 // the next to load, from `offset_` on
   uint32_t offset_ = 0;                            // byte of its row
   int32_t slots_[2];                               // its row at ranks lane and lane + 32
-  int32_t owner_ = -1;                             // rank of that choice
+  int16_t id_ = -1;                                // expert of choice `lane`
   uint32_t run_ = kNoRun, previous_run_ = kNoRun;  // being stored, and the one before
-  uint32_t steps_of_run_ = 0;
+  uint32_t steps_of_run_ = 0;                      // committed
   bool failed_ = false;
 };
 

@@ -94,6 +94,12 @@ __device__ void pump(Ring& ring, Work& work) {
   ptx::bulk_wait_group<0>();
 }
 
+// A flag tells that a run of steps has arrived. It is sent this many steps into the next run: late
+// enough for the wait for the run's stores to cost little, early enough for the receiver not to
+// stand idle. (A whole run later, the first rows of a quantising dispatch were told 90 us after it
+// began.)
+inline constexpr uint32_t kStepsBeforeFlag = 2;
+
 // bulk_wait_group for a number that is known at run time; more than 16 counts as 16, which waits
 // for more than asked.
 __device__ inline void bulk_wait_group_at_most(uint32_t pending) {

@@ -38,7 +38,11 @@ struct alignas(kRegionAlignment) ControlState {
   uint32_t transfer_epoch;  // dispatches and combines finished
   uint32_t copy_epoch;      // of the transfer that the copy engines carry
   uint32_t ticket;          // CTAs of the running kernel that have finished
+  uint32_t taken[3];        // pieces of work that warps have taken, of each Queue
 };
+
+// The roles whose warps share their work; see WorkQueue.
+enum class Queue : uint32_t { kSend, kOwn, kReceive };
 
 // Tokens are sent in runs of consecutive tokens; a flag tells that a run has arrived. Short, so
 // that all warps end at about the same time: with 16 tokens a run, a dispatch of 4096 took a fifth

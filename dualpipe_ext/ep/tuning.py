@@ -20,6 +20,8 @@ from dualpipe_ext.ep.transport import TransportConfig
 _TO_PEER = 43.0
 _TO_MEMORY = 48.0
 _FROM_MEMORY = 130.0
+# What rows that arrive cost the SMs that take them in: less than their bytes, as measured.
+_FROM_SLAB = 87.0
 # The link is full with fewer SMs; more only bring a few percent.
 _MOST_SENDERS = 32
 # With fewer SMs, a share of them for each role leaves too few for one: all do all.
@@ -29,11 +31,11 @@ _MANY_SMS = 48
 # Shared memory that a CTA can have.
 _SHARED_BYTES = 227 * 1024
 # Warps of a CTA that the dispatch kernel is compiled for.
-_MOST_WARPS = 20
+_MOST_WARPS = 16
 # Pieces in flight of a warp; more bring nothing.
 _MOST_STAGES = 8
-# Bytes of a piece: small ones keep the warps that quantise busy, large ones the bulk copies.
-_PIECE, _QUANTISED_PIECE = 7168, 4096
+# Bytes of a piece in a stage.
+_PIECE = 7168
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +81,10 @@ def for_dispatch(
     if handle.layout == "expert":
         local = config.top_k / _TO_MEMORY
     else:
-        local = (own if in_slab else reached) / _TO_MEMORY
-    stage = _stage_bytes(source.in_bytes, _PIECE, source.num_scales, config)
-    receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+        local = own / _TO_MEMORY + (0 if in_slab else (reached - own) / _FROM_SLAB)
+    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     # Without rows to move, receiving is all waiting and small numbers: many warps, no stages.
-    own_warps, receive_warps = (8, 12) if in_slab else (4, 6)
+    own_warps, receive_warps = (8, _MOST_WARPS - 8) if in_slab else (4, 6)
     room = _room(config) if in_slab else _room(config) // 2
     return Tuning(
         _senders(num_sms, (reached - own) / _TO_PEER, local, config),
@@ -92,25 +93,24 @@ def for_dispatch(
         own_warps,
         _stages(room, own_warps, stage),
         receive_warps,
-        0 if in_slab else _stages(room, receive_warps, receive_stage),
+        0 if in_slab else _stages(room, receive_warps, stage),
     )
 
 
 def _mixed_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfig) -> Tuning:
     """A row is read, and quantised, once: by the SM that sends it everywhere."""
-    piece, warps = (_QUANTISED_PIECE, 16) if _quantises(source) else (_PIECE, 8)
-    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    receive_stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    receive_warps, receive_stages = (_MOST_WARPS - warps, 0) if in_slab else (4, 2)
-    room = _room(config) - receive_warps * receive_stages * receive_stage
-    warps = _fitting(warps, stage, room)
+    # Stages hold rows as they leave.
+    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    receive_warps, receive_stages = (2, 0) if in_slab else (4, 2)
+    room = _room(config) - receive_warps * receive_stages * stage
+    warps = _fitting(_MOST_WARPS - receive_warps if _quantises(source) else 8, stage, room)
     return Tuning(
         0,
         warps,
         _stages(room, warps, stage),
         receive_warps=receive_warps,
         receive_stages=receive_stages,
-        send_piece=piece,
+        send_piece=_send_piece(source),
         mixed=True,
     )
 
@@ -131,7 +131,8 @@ def for_combine(
     if expert:
         own_experts = config.top_k / config.num_ranks
         send += (config.top_k - own_experts) / _FROM_MEMORY
-        local += own_experts / _FROM_MEMORY
+        # Who has sent everything helps with the sums: rather too many senders than too few.
+        local = (local + own_experts / _FROM_MEMORY) * 2 / 3
         senders = _senders(num_sms, send, local, config, most=num_sms)
         return Tuning(senders, send_warps=16, receive_warps=16)
     senders = _senders(num_sms, send, local, config)
@@ -140,19 +141,18 @@ def for_combine(
 
 def for_pack(source: DispatchInput, num_sms: int, config: TransportConfig) -> Tuning:
     """The copy-engine path: rows of peers into the staging slab."""
-    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
-    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    warps = _fitting(warps, stage, _room(config))
-    return Tuning(num_sms, warps, _stages(_room(config), warps, stage), send_piece=piece)
+    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    warps = _fitting(_MOST_WARPS if _quantises(source) else 8, stage, _room(config))
+    stages = _stages(_room(config), warps, stage)
+    return Tuning(num_sms, warps, stages, send_piece=_send_piece(source))
 
 
 def for_own_rows(source: DispatchInput, config: TransportConfig) -> Tuning:
     """The copy-engine path: rows that stay on the rank."""
-    warps, piece = (14, _QUANTISED_PIECE) if _quantises(source) else (8, _PIECE)
-    stage = _stage_bytes(source.in_bytes, piece, source.num_scales, config)
-    warps = _fitting(warps, stage, _room(config))
+    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
+    warps = _fitting(_MOST_WARPS if _quantises(source) else 8, stage, _room(config))
     stages = _stages(_room(config), warps, stage)
-    return Tuning(0, own_warps=warps, own_stages=stages, send_piece=piece)
+    return Tuning(0, own_warps=warps, own_stages=stages, send_piece=_send_piece(source))
 
 
 def for_unpack(source: DispatchInput, config: TransportConfig) -> Tuning:
@@ -204,6 +204,11 @@ def _senders(
 
 def _quantises(source: DispatchInput) -> bool:
     return source.payload != "as_is"
+
+
+def _send_piece(source: DispatchInput) -> int:
+    """Bytes of a row as it is read that make a piece in a stage."""
+    return 2 * _PIECE if _quantises(source) else _PIECE
 
 
 def _stage_bytes(row_bytes: int, piece: int, num_scales: int, config: TransportConfig) -> int:

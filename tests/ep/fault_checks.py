@@ -133,7 +133,11 @@ def slow_sender_then_reset(ranks: Ranks) -> None:
         except CommTimeoutError as error:
             message = str(error)
         ranks.barrier()
-        if not ranks.last:
+        if buffer.transport == "copy_engine" and what != "dispatch":
+            # One launch packs for all virtual ranks, and the copies of all come after it: nobody
+            # waits while one of them is late.
+            assert message is None, f"{what}: {message}"
+        elif not ranks.last:
             _expect_named(ranks, message, VIRTUAL_SHORT_S, what)
         elif message is not None:
             assert f"for rank {ranks.rank} " not in message, f"{what}: {message}"

@@ -13,7 +13,7 @@ from dualpipe_ext.ep.kernel_calls import CombineInput, DispatchInput
 from dualpipe_ext.ep.transport import TransportConfig
 
 # Threads that the kernels are compiled for (dispatch.cu, combine.cu), shared memory of a CTA.
-DISPATCH_THREADS, TOKEN_THREADS, EXPERT_THREADS = 640, 640, 512
+DISPATCH_THREADS, TOKEN_THREADS, EXPERT_THREADS = 512, 640, 512
 SHARED_BYTES = 227 * 1024
 
 SHAPES = list(itertools.product((1, 2, 8, 64), (1, 8, 32), (128, 896, 7168, 16384, 131072)))
@@ -51,7 +51,11 @@ def stage_bytes(row_bytes: int, piece: int, scales: int, config: TransportConfig
 
 
 def expect_room(t: tuning.Tuning, source: DispatchInput, config: TransportConfig) -> None:
-    send = stage_bytes(source.in_bytes, t.send_piece, source.num_scales, config)
+    # What quantises has its rows in registers, and in its stages what becomes of them.
+    shrinks = 1 if source.payload == "as_is" else 2
+    send = stage_bytes(
+        source.in_bytes // shrinks, t.send_piece // shrinks, source.num_scales, config
+    )
     receive = stage_bytes(source.out_bytes, t.receive_piece, source.num_scales, config)
     sending = t.send_warps * (t.send_stages * (send + 8) + 12 * config.num_ranks) + 128
     local = t.own_warps * t.own_stages * (send + 8)
