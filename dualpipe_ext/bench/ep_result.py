@@ -81,7 +81,7 @@ class EpRow:
             self.useful_gb_s = self._gb_s(useful)
 
     def _gb_s(self, num_bytes: int) -> float:
-        return round(num_bytes / self.us_p50 / 1e3, 3)
+        return float(f"{num_bytes / self.us_p50 / 1e3:.4g}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data by column."""

@@ -19,7 +19,7 @@ from dualpipe_ext.ep import Buffer
 
 # Their kernels move the rows, with as many SMs as they are given.
 _TAKES_SMS = ("nvlink",)
-_NO_ZERO_COPY = ("collective",)
+_ZERO_COPY = ("nvlink",)
 _NEEDS_PROCESSES = ("collective",)
 # Their cached calls wait for nothing on the host.
 _CAPTURABLE = ("nvlink", "copy_engine")
@@ -114,13 +114,15 @@ class BufferRunner(Runner):
             max_tokens=options.tokens,
             transport=variant.transport,
             num_sms=variant.num_sms,
+            # Every graph keeps the slab that its calls write into.
+            num_slabs=1 + sum(case.zero_copy for case in options.cases),
             timeout_s=options.timeout_s,
         )
         # Virtual ranks share a stream: no thread could capture the others' calls.
         self.capturable = variant.transport in _CAPTURABLE and ranks.local is None
 
     def supports(self, case: Case) -> bool:
-        return not (case.zero_copy and self._buffer.transport in _NO_ZERO_COPY)
+        return not case.zero_copy or self._buffer.transport in _ZERO_COPY
 
     def prepare(self, case: Case, num_rows: int) -> Prepared:
         buffer, inputs = self._buffer, self._inputs
@@ -136,7 +138,10 @@ class BufferRunner(Runner):
         def uncached() -> object:
             return buffer.dispatch(x, topk_weights=weights, fp8=case.fp8, **routing)[0]
 
-        handle = buffer.dispatch(x, topk_weights=weights, fp8=case.fp8, **routing)[1]
+        recv, handle = buffer.dispatch(x, topk_weights=weights, fp8=case.fp8, **routing)
+        if buffer.holds(recv.tokens) != case.zero_copy:
+            raise RuntimeError("expected rows in the communication buffer, and only if asked for")
+        del recv
         return Prepared(
             lambda: buffer.dispatch(x, topk_weights=weights, fp8=case.fp8, handle=handle)[0],
             uncached,

@@ -110,6 +110,10 @@ class Buffer:
         """Communication memory that this rank holds on its device."""
         return self._transport.memory_bytes
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in this rank's communication memory, as zero-copy rows do."""
+        return self._transport.holds(tensor)
+
     def check(self) -> None:
         """Raise what kernels have reported since the last call; does not wait for them.
 

@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def current_stream() -> int:
-    """The address of the current stream."""
-    return torch.cuda.current_stream().cuda_stream
+    """The address of the current stream.
+
+    Not ``torch.cuda.current_stream().cuda_stream``: making the object takes several microseconds,
+    a tenth of a call.
+    """
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
 
 def address(tensor: Tensor | None) -> int:

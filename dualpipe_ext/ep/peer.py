@@ -20,7 +20,7 @@ from dualpipe_ext.ep.device_arrays import address, current_stream, rows_on_16_by
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized
 from dualpipe_ext.ep.handle import LAYOUTS
 from dualpipe_ext.ep.peer_handle import PeerHandle
-from dualpipe_ext.ep.slabs import SlabPool, SlabRows
+from dualpipe_ext.ep.slabs import FreeSlabs, SlabPool, SlabRows
 from dualpipe_ext.ep.transport import Capabilities, RouteOptions, Transport, TransportConfig
 from dualpipe_ext.errors import CommTimeoutError
 
@@ -83,7 +83,10 @@ class PeerTransport(Transport):
             self._regions,
             slab_bytes=self._layout.slab_bytes,
             scale_pitch=self._layout.scale_pitch,
-            slabs=range(self.transit_slabs, self.transit_slabs + self._kept_slabs),
+            free=FreeSlabs(
+                range(self.transit_slabs, self.transit_slabs + self._kept_slabs),
+                lambda: c.capture_id(current_stream()),
+            ),
         )
         self.num_sms = config.num_sms or self.default_num_sms
         # CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
@@ -104,6 +107,10 @@ class PeerTransport(Transport):
     @property
     def memory_bytes(self) -> int:
         return self._layout.bytes
+
+    def holds(self, tensor: Tensor) -> bool:
+        first = self._memory.own.data_ptr()
+        return first <= tensor.data_ptr() < first + self._layout.bytes
 
     # --- reports of the device ---------------------------------------------------------------
 
@@ -167,7 +174,7 @@ class PeerTransport(Transport):
             act: launches on the current stream, given the items by rank.
             settings: what one launch has only once, so that virtual ranks must agree on it.
         """
-        stream = self._ordered_stream()
+        self._order_streams()
         local = self.config.local
         if local is None:
             act([item])
@@ -190,21 +197,22 @@ class PeerTransport(Transport):
                 for other in others:
                     other.wait_stream(first)
 
-        local.together((item, stream, settings), act_for_all)
+        local.together((item, torch.cuda.current_stream(), settings), act_for_all)
 
-    def _ordered_stream(self) -> torch.cuda.Stream:
-        """The current stream, after everything that this transport has put on another one.
+    def _order_streams(self) -> None:
+        """Order the current stream after everything that this transport has put on another one.
 
         Calls follow each other on the device in the order in which they are made: the flags of one
         could be taken for those of another. Replays of a graph are not seen here: who replays on
         one stream and calls on another orders the two.
         """
-        current = torch.cuda.current_stream()
-        last, self._last_stream = self._last_stream, current
+        last = self._last_stream
+        if last is not None and last.cuda_stream == current_stream():
+            return
+        current = self._last_stream = torch.cuda.current_stream()
         # Both eager, or both in one capture: neither can wait for the other kind.
-        if last is not None and last != current and _captures(last) == _captures(current):
+        if last is not None and _captures(last) == _captures(current):
             current.wait_stream(last)
-        return current
 
     def check_device(self, name: str, tensor: Tensor) -> None:
         """Kernels read tensors where they are: on this rank's GPU."""

@@ -6,21 +6,53 @@ Shapes: N rows of an output.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+class FreeSlabs:
+    """Which slabs are free.
+
+    Args:
+        slabs: indices of the slabs.
+        capture_id: tells which stream capture the current stream is in, 0 for none.
+    """
+
+    def __init__(self, slabs: range, capture_id: Callable[[], int]) -> None:
+        self._free = list(slabs)
+        self._capture_id = capture_id
+        # A graph writes into its slabs at every replay, as long as it lives, and nobody can tell
+        # how long that is: what a capture has taken, only the same capture can take again.
+        self._free_in_capture: dict[int, list[int]] = {}
+
+    def take(self) -> Lease | None:
+        """A free slab, if there is one; it is free again when the lease is gone."""
+        capture = self._capture_id()
+        back_to = self._free_in_capture.setdefault(capture, []) if capture else self._free
+        free = back_to or self._free
+        return Lease(free.pop(), back_to) if free else None
+
+
+class Lease:
+    """A slab that is taken; given back when nothing refers to it any more."""
+
+    def __init__(self, index: int, back_to: list[int]) -> None:
+        self.index = index
+        weakref.finalize(self, back_to.append, index).atexit = False
+
+
 class SlabPool:
-    """The slabs that zero-copy outputs can take.
+    """The slabs that zero-copy outputs can take, as tensors.
 
     Args:
         memory: uint8, the rank's communication memory.
         regions: name -> (offset of the region in slab 0, bytes).
         slab_bytes: from one slab to the next.
         scale_pitch: bytes from one row's scales to the next; 0 if there is no room for any.
-        slabs: indices of the slabs.
+        free: those that can be taken.
     """
 
     def __init__(
@@ -30,34 +62,29 @@ class SlabPool:
         *,
         slab_bytes: int,
         scale_pitch: int,
-        slabs: range,
+        free: FreeSlabs,
     ) -> None:
         self._memory = memory
         self._regions = regions
         self._slab_bytes = slab_bytes
         self._scale_pitch = scale_pitch
-        self._free = list(slabs)
-        self._captured: list[_Lease] = []
+        self._free = free
 
     def take(self, num_rows: int, row_bytes: int, *, with_scales: bool) -> SlabRows | None:
         """Rows of a free slab, if there is one; it is free again when they are gone."""
-        if not self._free:
+        lease = self._free.take()
+        if lease is None:
             return None
-        index = self._free.pop()
-        lease = _Lease(self._free, index, self._memory)
-        if torch.cuda.is_current_stream_capturing():
-            # A graph writes into this very slab at every replay, as long as it lives: nobody can
-            # tell how long that is.
-            self._captured.append(lease)
+        start = self._memory.data_ptr() + lease.index * self._slab_bytes
 
         def tensor(region: str, pitch: int) -> Tensor:
-            address = self._memory.data_ptr() + index * self._slab_bytes + self._regions[region][0]
-            memory = _Region(address, num_rows * pitch, lease)
+            address = start + self._regions[region][0]
+            memory = _Region(address, num_rows * pitch, (lease, self._memory))
             return torch.as_tensor(memory, device=self._memory.device).view(num_rows, pitch)
 
         rows = tensor("rows", -(-row_bytes // 128) * 128)
         scales = tensor("scales", self._scale_pitch) if with_scales else None
-        return SlabRows(index, rows, scales)
+        return SlabRows(lease.index, rows, scales)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,19 +105,11 @@ class SlabRows:
         return self.scale_bytes.view(torch.float32)[:, :num_scales]
 
 
-class _Lease:
-    """A slab that is taken; given back when nothing refers to it any more."""
-
-    def __init__(self, free: list[int], index: int, keep: object) -> None:
-        self._keep = keep
-        weakref.finalize(self, free.append, index).atexit = False
-
-
 class _Region:
     """Some bytes of GPU memory, for torch to make a tensor of; alive as long as its storage."""
 
-    def __init__(self, address: int, num_bytes: int, lease: _Lease) -> None:
-        self._lease = lease
+    def __init__(self, address: int, num_bytes: int, keep: object) -> None:
+        self._keep = keep
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",

@@ -111,6 +111,10 @@ class Transport(ABC):
         """Communication memory that this rank holds on its device."""
         return 0
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in this rank's communication memory."""
+        return False
+
     def check(self) -> None:  # noqa: B027 - most transports raise at once and have nothing kept
         """Raise what the device has reported since the last check; does not wait for it."""
 

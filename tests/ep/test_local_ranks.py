@@ -222,7 +222,7 @@ def test_no_thread_is_left_after_a_failure(ranks: LocalRanks) -> None:
     deadline = time.monotonic() + SLACK_S
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 # --- mistakes ------------------------------------------------------------------------------------
