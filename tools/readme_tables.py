@@ -65,7 +65,7 @@ def microseconds(column: str) -> Callable[[Row], str]:
 
 
 def balance(column: str) -> Callable[[Row], str]:
-    return lambda row: f"{float(row[column]):.3f}" if row[column] else ""
+    return lambda row: f"{float(row[column]):.4f}" if row[column] else ""
 
 
 def eplb() -> str:
@@ -104,7 +104,7 @@ def drift() -> str:
 
     def figures(planner: str) -> Callable[[Row], str]:
         return lambda row: (
-            f"{float(row[f'{planner}_moves']):.1f} ({float(row[f'{planner}_balance']):.3f})"
+            f"{float(row[f'{planner}_moves']):.1f} ({float(row[f'{planner}_balance']):.4f})"
         )
 
     columns = {
@@ -116,8 +116,8 @@ def drift() -> str:
     }
     return (
         f"{markdown(rows, columns)}\n"
-        f"*Experts that move, per layer and re-balancing, and balance, over {rows[0]['rebalances']} "
-        f"re-balancings of drifting loads. On {source(rows)}*\n"
+        "*Experts that move, per layer and re-balancing, and the balance that they leave, over "
+        f"{rows[0]['rebalances']} re-balancings. On {source(rows)}*\n"
     )
 
 

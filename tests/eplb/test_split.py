@@ -150,3 +150,22 @@ def test_bad_input():
         split_replicas(torch.tensor([[1.0, -1, 1, 1]]), placement, 2)
     with pytest.raises(ValueError, match=r"weights of shape \[1, 4, 2\], got \[1, 4\]"):
         gpu_loads(torch.ones(1, 4), placement, 2, weights=torch.ones(1, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_without_a_wait() -> None:
+    loads = synthetic_loads("lognormal", 6, 256)
+    placement = plan_placement(loads, 288, 32).placement
+    want = split_replicas(loads, placement, 32)
+    loads, placement = loads.cuda(), placement.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [split_replicas(loads, placement, 32) for _ in range(2)]
+        shares = [split.shares for split in found]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(*shares)
+    torch.testing.assert_close(found[0].after.cpu(), want.after, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[0].bound.cpu(), want.bound, rtol=1e-4, atol=0)
+    assert float(found[0].gap.max()) < 1e-3
