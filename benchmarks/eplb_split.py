@@ -2,11 +2,11 @@
 
 Loads drift as a stationary log-normal walk (sigma 1: what DeepSeek-R1 shows). A placement is
 planned (balanced policy, globally, 256 experts in 288 slots on 32 GPUs) and then stays for a number
-of draws, of which each is a step. Per step, three ways to spread tokens over the replicas that there
-are: evenly; by weights for the loads of the step before, which is what a running model knows; by
-weights for the loads themselves, and the bound that no weights exceed. Before anything is recorded,
-the largest gap between the last two is checked, and that weights for the loads themselves are never
-worse than even ones.
+of draws, of which each is a step. Per step, three ways to spread tokens over the replicas that
+there are: evenly; by weights for the loads of the step before, which is what a running model knows;
+by weights for the loads themselves; and the bound that no weights exceed. Before anything is
+recorded, the largest gap between the last two is checked, and that weights for the loads themselves
+are never worse than even ones.
 
 Counted: balancedness (mean over maximum GPU load), mean over layers and steps.
 

@@ -75,8 +75,8 @@ def split_replicas(
             are refused on the CPU; on a GPU, where looking would mean waiting, they are clamped.
         placement: valid maps on the device of ``loads``.
         num_gpus: G; S is a multiple of it.
-        iterations: steps. With 64 the gap stayed below 1e-3, for loads planned for and for drifted ones
-            (``benchmarks/eplb_split.py``).
+        iterations: steps. With 64 the gap stayed within 2e-3 for loads that had drifted away from
+            the plan (``benchmarks/eplb_split.py``).
 
     Raises:
         ValueError: shapes that do not fit, or loads as said.
