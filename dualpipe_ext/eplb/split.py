@@ -142,7 +142,7 @@ class _Problem:
             real=real,
             gpu=(placement.log2phy // (placement.num_slots // num_gpus)).clamp(min=0),
             cells=slot_cells(placement),
-            even_weights=real / count.unsqueeze(2),
+            even_weights=real.to(loads.dtype) / count.unsqueeze(2),
             step=step.view(-1, 1, 1),
             num_gpus=num_gpus,
         )

@@ -85,13 +85,18 @@ class Router(nn.Module):
 def routing_logits(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in at least float32, whatever the model's precision.
 
-    Rounding must not decide who is chosen. Where ``x`` is bfloat16 no float32 copy of it is made or
-    kept for the backward, and no setting for TF32 reaches the result: a float32 number is the sum
-    of three bfloat16 ones, products of two bfloat16 numbers are exact in float32, and tensor cores
-    add them up in float32. So one bfloat16 product with three times the columns has the accuracy of
-    the float32 product. (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence
-    datatype for higher-precision computations", 2019.) Other dtypes take a plain product, in which
-    float32 follows ``torch.set_float32_matmul_precision``: "highest" unless somebody asks for less.
+    Rounding must not decide who is chosen. Where ``x`` is bfloat16, it would take a float32 copy of
+    it, kept for the backward, and a product without tensor cores, or in TF32 if somebody has set
+    that. Instead the weight is cut into three bfloat16 numbers that sum to it exactly; products of
+    two bfloat16 numbers are exact in float32, in which tensor cores add them up: one bfloat16
+    product with three times the columns. (Henry, Tang and Heinecke, "Leveraging the bfloat16
+    artificial intelligence datatype for higher-precision computations", 2019.) No number is rounded
+    but in the sums. Tensor cores round those toward zero, once for every 16 products, so that their
+    error can be a few times that of float32 sums (Ootomo and Yokota, 2022): some 2**-16 of a logit,
+    where rounding ``x`` to bfloat16 has cost 2**-9 of every term.
+
+    Other dtypes take a plain product, in which float32 follows
+    ``torch.set_float32_matmul_precision``: "highest" unless somebody asks for less.
 
     Args:
         x: floating [T, H].
