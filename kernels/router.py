@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dualpipe_ext.eplb.placement import select_replicas
+from dualpipe_ext.eplb.shares import SHARE_BITS, share_phase
 
 try:
     import triton
@@ -51,7 +52,7 @@ class Routing(NamedTuple):
         topk_idx: int64 [T, K], logical experts, best first.
         topk_weights: [T, K] in the dtype of the logits, differentiable.
         slot_idx: int64 [T, K], the physical experts; ``topk_idx`` where there are no replicas.
-        counts: int64 [E], tokens that chose each logical expert.
+        counts: int64 [E], tokens that chose each logical expert; added to, if given to the call.
     """
 
     topk_idx: Tensor
@@ -67,6 +68,13 @@ class _Rules(NamedTuple):
     route_scale: float
 
 
+class _Maps(NamedTuple):
+    log2phy: Tensor
+    logcnt: Tensor
+    split: Tensor | None
+    offset: int
+
+
 def route(
     logits: Tensor,
     bias: Tensor,
@@ -78,13 +86,15 @@ def route(
     log2phy: Tensor | None = None,
     logcnt: Tensor | None = None,
     replica_offset: int = 0,
+    split: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Routing:
     """Choose K experts for each token, and a replica of each.
 
-    Kernels for CUDA tensors, torch operations elsewhere. Nothing is read back from a GPU.
+    Kernels for float32 on CUDA, torch operations elsewhere. Nothing is read back from a GPU.
 
     Args:
-        logits: float32 [T, E], rows contiguous; on the CPU also float64.
+        logits: float32 or float64 [T, E], rows contiguous.
         bias: floating [E], added to the scores for the selection.
         num_groups: G, divides E. Padded to powers of two, G times E/G is at most 4096.
         top_groups: groups that a token may choose from.
@@ -93,6 +103,9 @@ def route(
         log2phy: int64 [E, X], the slots of each expert, or None: every expert is its own slot.
         logcnt: int64 [E], its replicas, from 1 to X; given together with ``log2phy``.
         replica_offset: where the round robin over replicas starts; at least 0, use the rank.
+        split: int32 [E, X], the replicas' shares (``ReplicaSplit.shares``); None for equal ones.
+        counts: int64 [E] contiguous, to which the tokens of each expert are added; by default
+            zeros. The kernel adds to it anyway: a sum over micro-batches costs no pass of its own.
 
     Returns:
         The :class:`Routing`. Gradients flow from its weights to the logits.
@@ -106,10 +119,12 @@ def route(
     """
     rules = _Rules(num_groups, top_groups, top_k, route_scale)
     _check_sizes(logits, bias, rules)
-    maps = _check_maps(logits, log2phy, logcnt, replica_offset)
-    topk_weights, topk_idx, slot_idx, counts = _Route.apply(
-        logits, bias, rules, maps, replica_offset
-    )
+    maps = _check_maps(logits, log2phy, logcnt, split, replica_offset)
+    if counts is None:
+        counts = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    fits = counts.shape == bias.shape and counts.dtype == torch.int64 and counts.is_contiguous()
+    _expect(fits, f"counts int64 {list(bias.shape)} contiguous", counts, logits)
+    topk_weights, topk_idx, slot_idx = _Route.apply(logits, bias, rules, maps, counts)
     return Routing(topk_idx, topk_weights, topk_idx if maps is None else slot_idx, counts)
 
 
@@ -132,15 +147,15 @@ def choose_experts(biased: Tensor, *, num_groups: int, top_groups: int, top_k: i
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, bias, rules, maps, replica_offset):
+    def forward(ctx, logits, bias, rules, maps, counts):
         run = _route_triton if _runs_triton(logits) else _route_torch
-        topk_idx, scores, weights, slot_idx, counts = run(logits, bias, rules, maps, replica_offset)
+        topk_idx, scores, weights, slot_idx = run(logits, bias, rules, maps, counts)
         ctx.save_for_backward(topk_idx, scores)
         ctx.num_experts, ctx.route_scale = logits.shape[1], rules.route_scale
         if slot_idx is None:  # an output must not be returned twice: route() fills it in
             slot_idx = topk_idx.new_empty(0)
-        ctx.mark_non_differentiable(topk_idx, slot_idx, counts)
-        return weights, topk_idx, slot_idx, counts
+        ctx.mark_non_differentiable(topk_idx, slot_idx)
+        return weights, topk_idx, slot_idx
 
     @staticmethod
     @once_differentiable
@@ -155,7 +170,7 @@ class _Route(torch.autograd.Function):
         return grad_logits, None, None, None, None
 
 
-def _route_torch(logits, bias, rules, maps, replica_offset):
+def _route_torch(logits, bias, rules, maps, counts):
     num_groups, top_groups, top_k, route_scale = rules
     scores = torch.sigmoid(logits)
     topk_idx = choose_experts(
@@ -164,12 +179,16 @@ def _route_torch(logits, bias, rules, maps, replica_offset):
     chosen = scores.gather(1, topk_idx)
     weights = chosen / chosen.sum(dim=1, keepdim=True) * route_scale
     ids = topk_idx.flatten()
-    counts = ids.new_zeros(logits.shape[1]).scatter_add_(0, ids, torch.ones_like(ids))
-    slot_idx = None if maps is None else select_replicas(topk_idx, *maps, offset=replica_offset)
-    return topk_idx, chosen, weights, slot_idx, counts
+    counts.scatter_add_(0, ids, torch.ones_like(ids))
+    slot_idx = None
+    if maps is not None:
+        slot_idx = select_replicas(
+            topk_idx, maps.log2phy, maps.logcnt, offset=maps.offset, split=maps.split
+        )
+    return topk_idx, chosen, weights, slot_idx
 
 
-def _route_triton(logits, bias, rules, maps, replica_offset):
+def _route_triton(logits, bias, rules, maps, counts):
     num_groups, top_groups, top_k, route_scale = rules
     num_tokens, num_experts = logits.shape
     sizes = _sizes(num_experts, num_groups, top_k)
@@ -178,11 +197,11 @@ def _route_triton(logits, bias, rules, maps, replica_offset):
     scores = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     weights = torch.empty_like(scores)
     slot_idx = None if maps is None else torch.empty_like(topk_idx)
-    counts = topk_idx.new_zeros(num_experts)
     if num_tokens == 0:
-        return topk_idx, scores, weights, slot_idx, counts
-    shape = (num_blocks, num_experts)
-    block_counts = None if maps is None else counts.new_empty(shape, dtype=torch.int32)
+        return topk_idx, scores, weights, slot_idx
+    block_counts = None
+    if maps is not None:
+        block_counts = counts.new_empty((num_blocks, num_experts), dtype=torch.int32)
     # Triton launches on the current device, whichever one the tensors are on.
     with torch.cuda.device_of(logits):
         _route_kernel[(num_blocks,)](
@@ -205,23 +224,25 @@ def _route_triton(logits, bias, rules, maps, replica_offset):
             enable_fp_fusion=False,
         )
         if maps is not None:
-            log2phy, logcnt = maps
             before = block_counts.cumsum(0) - block_counts  # int64 [B, E]
             _slot_kernel[(num_blocks,)](
                 topk_idx,
                 before,
-                log2phy.contiguous(),
-                logcnt.contiguous(),
+                maps.log2phy.contiguous(),
+                maps.logcnt.contiguous(),
+                None if maps.split is None else maps.split.contiguous(),
                 slot_idx,
                 num_tokens,
                 num_experts,
-                log2phy.shape[1],
-                replica_offset,
+                maps.log2phy.shape[1],
+                maps.offset if maps.split is None else share_phase(maps.offset),
                 TOKENS=sizes["TOKENS"],
                 TOP_K=top_k,
                 PAIRS=sizes["TOKENS"] * sizes["TOP_K_PADDED"],
+                HAS_SPLIT=maps.split is not None,
+                BITS=SHARE_BITS,
             )
-    return topk_idx, scores, weights, slot_idx, counts
+    return topk_idx, scores, weights, slot_idx
 
 
 if triton is not None:
@@ -341,14 +362,17 @@ if triton is not None:
         before_ptr,
         log2phy_ptr,
         logcnt_ptr,
+        split_ptr,
         slot_idx_ptr,
         num_tokens,
         num_experts,
         max_replicas,
-        replica_offset,
+        start,  # the offset of the round robin, or the phase of a split
         TOKENS: tl.constexpr,  # noqa: N803
         TOP_K: tl.constexpr,  # noqa: N803
         PAIRS: tl.constexpr,  # noqa: N803
+        HAS_SPLIT: tl.constexpr,  # noqa: N803
+        BITS: tl.constexpr,  # noqa: N803
     ):
         block = tl.program_id(0).to(tl.int64)
         pair = tl.arange(0, PAIRS)
@@ -360,12 +384,22 @@ if triton is not None:
         same = (expert[:, None] == earlier[None, :]) & (pair[None, :] < pair[:, None])
         nth = tl.sum(same.to(tl.int32), axis=1)
         nth += tl.load(before_ptr + block * num_experts + expert, inside, other=0)
-        replicas = tl.load(logcnt_ptr + expert, inside, other=1)
         # Wrong maps must give wrong slots, not reads out of bounds.
-        replicas = tl.minimum(tl.maximum(replicas, 1), max_replicas)
-        slot = tl.load(
-            log2phy_ptr + expert * max_replicas + (nth + replica_offset) % replicas, inside
-        )
+        if HAS_SPLIT:  # as dualpipe_ext.eplb.shares.pick_replica
+            left = nth.to(tl.int64)
+            replica = tl.full([PAIRS], -1, tl.int64)
+            for x in range(max_replicas):
+                share = tl.load(split_ptr + expert * max_replicas + x, inside, other=0).to(tl.int64)
+                taken = (left * share + start) >> BITS
+                takes = (((left + 1) * share + start) >> BITS) > taken
+                replica = tl.where((replica < 0) & takes, x, replica)
+                left -= taken
+            replica = tl.maximum(replica, 0)
+        else:
+            replicas = tl.load(logcnt_ptr + expert, inside, other=1)
+            replicas = tl.minimum(tl.maximum(replicas, 1), max_replicas)
+            replica = (nth + start) % replicas
+        slot = tl.load(log2phy_ptr + expert * max_replicas + replica, inside)
         tl.store(slot_idx_ptr + position, slot, inside)
 
 
@@ -395,11 +429,13 @@ def _power_of_2(size: int) -> int:
 
 def _runs_triton(x: Tensor) -> bool:
     # The interpreter runs the kernels on CPU tensors; nobody but a test asks for it.
-    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    # float64 is left to torch everywhere.
+    usable = triton is not None and x.dtype == torch.float32
+    return usable and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _check_sizes(logits: Tensor, bias: Tensor, rules: _Rules) -> None:
-    allowed = [torch.float32] if _runs_triton(logits) else [torch.float32, torch.float64]
+    allowed = [torch.float32, torch.float64]
     if logits.dim() != 2 or logits.dtype not in allowed or logits.shape[1] == 0:
         raise ValueError(
             f"expected logits [T, E] in one of {allowed}, got {logits.dtype} {list(logits.shape)}"
@@ -430,21 +466,31 @@ def _check_sizes(logits: Tensor, bias: Tensor, rules: _Rules) -> None:
 
 
 def _check_maps(
-    logits: Tensor, log2phy: Tensor | None, logcnt: Tensor | None, replica_offset: int
-) -> tuple[Tensor, Tensor] | None:
-    if log2phy is None and logcnt is None:
+    logits: Tensor,
+    log2phy: Tensor | None,
+    logcnt: Tensor | None,
+    split: Tensor | None,
+    replica_offset: int,
+) -> _Maps | None:
+    if log2phy is None and logcnt is None and split is None:
         return None
     if log2phy is None or logcnt is None:
-        raise ValueError("expected log2phy and logcnt together, got one of them")
+        raise ValueError("expected log2phy and logcnt together, got one of them or a split alone")
     if replica_offset < 0:
         raise ValueError(f"expected a replica_offset of at least 0, got {replica_offset}")
     num_experts = logits.shape[1]
     for name, tensor, num_dims in (("log2phy", log2phy, 2), ("logcnt", logcnt, 1)):
         fits = tensor.dim() == num_dims and len(tensor) == num_experts and tensor.numel() > 0
-        if not fits or tensor.dtype != torch.int64 or tensor.device != logits.device:
-            shape = f"[{num_experts}, X]" if num_dims == 2 else f"[{num_experts}]"
-            raise ValueError(
-                f"expected {name} int64 {shape} on {logits.device}, "
-                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
-    return log2phy, logcnt
+        shape = f"[{num_experts}, X]" if num_dims == 2 else f"[{num_experts}]"
+        _expect(fits and tensor.dtype == torch.int64, f"{name} int64 {shape}", tensor, logits)
+    if split is not None:
+        fits = split.shape == log2phy.shape and split.dtype == torch.int32
+        _expect(fits, f"split int32 {list(log2phy.shape)}", split, logits)
+    return _Maps(log2phy, logcnt, split, replica_offset)
+
+
+def _expect(fits: bool, want: str, got: Tensor, logits: Tensor) -> None:
+    if not fits or got.device != logits.device:
+        raise ValueError(
+            f"expected {want} on {logits.device}, got {got.dtype} {list(got.shape)} on {got.device}"
+        )

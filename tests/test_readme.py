@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import runpy
 from pathlib import Path
 
 import torch
@@ -75,6 +77,46 @@ def test_picture_commands_exist():
 def test_every_environment_variable_is_listed():
     rows = dict(re.findall(r"^\| `(DUALPIPE_\w+)` \| (.*?) \|", README, re.MULTILINE))
     assert rows == {v.name: v.meaning for v in env.VARIABLES}
+
+
+TOOL = runpy.run_path(str(ROOT / "tools" / "readme_tables.py"))
+
+
+def test_tables_are_what_the_recorded_rows_say():
+    marked = re.findall(r"<!-- table: (\w+) -->", README)
+    assert sorted(marked) == sorted(TOOL["TABLES"])
+    assert README.count("<!-- end of table -->") == len(marked)
+    assert TOOL["filled"](README) == README, "run python tools/readme_tables.py"
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    with (folder / "eplb.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_rows_of_a_gpu_replace_those_of_a_cpu(tmp_path, monkeypatch):
+    with (ROOT / "benchmarks" / "results" / "eplb.csv").open(newline="") as file:
+        cpu = next(csv.DictReader(file)) | {"gpu": "none", "kernel_us_p50": ""}
+    cpu |= {"eager_us_p50": "", "numpy_over_kernel": "", "numpy_us_p50": "9000"}
+    measured = {"gpu": "GPU A", "kernel_us_p50": "120.5", "eager_us_p50": "140", "date": "1st"}
+    gpu = cpu | measured | {"numpy_us_p50": "9100", "numpy_over_kernel": "75.5"}
+    newer = gpu | {"kernel_us_p50": "110.5", "date": "2nd"}
+    # The functions of the tool look the folder up in what runpy returned.
+    monkeypatch.setitem(TOOL["eplb"].__globals__, "RESULTS", tmp_path)
+    write_rows(tmp_path, [cpu])
+    assert "kernel, in a graph" not in TOOL["eplb"]()
+    assert "9.0 ms" in TOOL["eplb"]()
+    write_rows(tmp_path, [gpu, newer, cpu])
+    table = TOOL["eplb"]()
+    assert "| 110.5 us | 140.0 us |" in table
+    assert "| 75.5x |" in table
+    assert "9.1 ms" in table
+    assert "9.0 ms" not in table
+    assert "GPU A" in table
+    assert "2nd" in table
+    assert table.count("58 x 256 to 288 on 32 in 4 hosts") == 2
 
 
 def test_linked_files_exist():

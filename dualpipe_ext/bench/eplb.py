@@ -1,9 +1,10 @@
 """How fast is the planner kernel, and how good are the plans? The four cases of DeepSeek-V3's EPLB.
 
 Protocol: lognormal loads (sigma 1). Before anything is timed, the maps of all planners are
-compared bit for bit: the kernel with and without reading back, torch on the CPU, NumPy with all
-layers together, and loops. Then rounds, in each of which every planner is timed once, so that a
-drifting clock meets all alike; of the rounds the percentiles are reported.
+compared bit for bit: the kernel with and without reading back and as the timed graph replays it,
+torch on the CPU, NumPy with all layers together, and loops; and what claims not to wait for the GPU
+runs once with torch.cuda.set_sync_debug_mode("error"). Then rounds, in each of which every planner
+is timed once, so that a drifting clock meets all alike; of the rounds the percentiles are reported.
 
 - kernel: loads on the GPU to maps on the GPU, from a CUDA graph of ``_CALLS`` plans that is
   replayed between two events; per plan. What a training step would add to its own graph.
@@ -13,14 +14,19 @@ drifting clock meets all alike; of the rounds the percentiles are reported.
   layer and node.
 - torch, numpy, loops: on the CPU, from loads there to maps there, on the host's clock; torch with
   as many threads as it takes by itself.
+- split_graph, split_torch: ``split_replicas`` over the reference's placement, from a graph on the
+  GPU as the kernel's, and on the CPU as torch's.
 
 Balance is mean over maximum GPU load, the mean of all layers; the bound is what no plan exceeds.
+reference and balanced plan the case as it is (by node where nodes divide the groups), global plans
+the same loads without nodes, reference_split splits loads unevenly over the reference's replicas.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +36,14 @@ from rich.table import Table
 from torch import Tensor
 
 from dualpipe_ext.bench.eplb_baselines import plan_one_by_one, plan_with_numpy
-from dualpipe_ext.eplb import on_device, plan_placement, rebalance_experts, synthetic_loads
+from dualpipe_ext.eplb import (
+    Placement,
+    on_device,
+    plan_placement,
+    rebalance_experts,
+    split_replicas,
+    synthetic_loads,
+)
 from dualpipe_ext.eplb.balanced import Sizes
 
 Row = dict[str, object]
@@ -38,6 +51,7 @@ _CALLS = 20
 _WARM_UP = 3
 _ROUNDS_OF_LOOPS = 3
 EXPERTS, GROUPS = 256, 8
+_TIMED = ("kernel", "eager", "checked", "torch", "numpy", "loops", "split_graph", "split_torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +89,17 @@ def measure(case: Case, *, rounds: int = 20, balance: bool = True, seed: int = 0
 
     Args:
         rounds: measurements of each planner; of loops three at most.
-        balance: also make the balanced plan (seconds of CPU time in the largest case).
+        balance: also make the balanced plans (seconds of CPU time in the largest case).
         seed: of the loads.
 
     Returns:
         What the case is; microseconds ``<planner>_us_p20``, ``_p50`` and ``_p80``, empty for those
-        that need a GPU where there is none; ``numpy_over_kernel``, how many times as long NumPy
-        takes; ``balance_reference``, ``balance_balanced`` and ``balance_bound``.
+        that need a GPU where there is none; ``numpy_over_kernel`` and ``loops_over_kernel``, how
+        many times as long the others take; ``balance_reference``, ``_balanced``, ``_bound``,
+        ``_global``, ``_global_bound`` and ``_reference_split``.
 
     Raises:
-        AssertionError: two planners do not agree.
+        AssertionError: two planners do not agree, or one waits for the GPU that must not.
     """
     loads = synthetic_loads("lognormal", case.layers, EXPERTS, seed=seed)
     check(case, loads)
@@ -98,13 +113,15 @@ def measure(case: Case, *, rounds: int = 20, balance: bool = True, seed: int = 0
         "policy": "hierarchical" if case.by_node else "global",
         "rounds": rounds,
     }
-    for name in ("kernel", "eager", "checked", "torch", "numpy", "loops"):
+    for name in _TIMED:
         times = seconds.get(name)
         for percent in (20, 50, 80):
             value = "" if times is None else round(1e6 * float(np.percentile(times, percent)), 2)
             row[f"{name}_us_p{percent}"] = value
     kernel = row["kernel_us_p50"]
-    row["numpy_over_kernel"] = "" if kernel == "" else round(row["numpy_us_p50"] / kernel, 1)
+    for name in ("numpy", "loops"):
+        ratio = "" if kernel == "" else round(row[f"{name}_us_p50"] / kernel, 1)
+        row[f"{name}_over_kernel"] = ratio
     return row | _balance(case, loads, balance)
 
 
@@ -118,17 +135,35 @@ def check(case: Case, loads: Tensor) -> None:
     if _kernel_is_usable(case):
         on_gpu = loads.cuda()
         found["the kernel"] = rebalance_experts(on_gpu, *case.sizes)
-        wide = rebalance_experts(on_gpu, *case.sizes, sync=False)
+        with _no_wait():
+            wide = rebalance_experts(on_gpu, *case.sizes, sync=False)
         width = want[1].shape[2]
         found["the kernel without sync"] = (wide[0], wide[1][..., :width], wide[2])
         if bool((wide[1][..., width:] != -1).any()):
             raise AssertionError("expected padding behind the last replica")
+    _compare(found, want)
+
+
+def _compare(found: Mapping[str, tuple[Tensor, ...]], want: tuple[Tensor, ...]) -> None:
     for name, maps in found.items():
         for mine, theirs in zip(maps, want, strict=True):
             if not torch.equal(mine.cpu(), theirs):
                 raise AssertionError(
                     f"expected the maps of rebalance_experts, got others of {name}"
                 )
+
+
+@contextlib.contextmanager
+def _no_wait() -> Iterator[None]:
+    """Raise AssertionError where the body waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        raise AssertionError(f"expected no wait for the GPU, got: {error}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _kernel_is_usable(case: Case) -> bool:
@@ -140,7 +175,10 @@ def _kernel_is_usable(case: Case) -> bool:
 
 def _planners(case: Case, loads: Tensor) -> dict[str, Timed]:
     as_numpy = loads.numpy()
+    maps = rebalance_experts(loads, *case.sizes)
+    placement = Placement(*maps)
     planners: dict[str, Timed] = {
+        "split_torch": lambda: _on_host(lambda: split_replicas(loads, placement, case.gpus)),
         "torch": lambda: _on_host(lambda: rebalance_experts(loads, *case.sizes)),
         "numpy": lambda: _on_host(lambda: plan_with_numpy(as_numpy, *case.sizes)),
         "loops": lambda: _on_host(lambda: plan_one_by_one(as_numpy, *case.sizes)),
@@ -149,25 +187,52 @@ def _planners(case: Case, loads: Tensor) -> dict[str, Timed]:
         return planners
     on_gpu = loads.cuda()
 
-    def plans() -> None:
+    gpu_placement = placement.to(on_gpu.device)
+
+    def plans() -> tuple[Tensor, ...]:
         for _ in range(_CALLS):
-            rebalance_experts(on_gpu, *case.sizes, sync=False)
+            planned = rebalance_experts(on_gpu, *case.sizes, sync=False)
+        return planned
+
+    def splits() -> tuple[Tensor, ...]:
+        for _ in range(_CALLS):
+            weights = split_replicas(on_gpu, gpu_placement, case.gpus).weights
+        return (weights,)
 
     def checked() -> None:
         rebalance_experts(on_gpu, *case.sizes)
         torch.cuda.synchronize()
 
-    plans()  # loads the kernel, which a capture must not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plans()
+    graph, planned = _captured(plans)
+    width = placement.log2phy.shape[2]
+    _compare({"the graph": (planned[0], planned[1][..., :width], planned[2])}, maps)
+    split_graph, (weights,) = _captured(splits)
+    want = split_replicas(loads, placement, case.gpus).weights
+    torch.testing.assert_close(weights.cpu(), want, rtol=0, atol=1e-3)
     return {
         "kernel": lambda: _on_gpu(graph.replay) / _CALLS,
         "eager": lambda: _on_gpu(plans) / _CALLS,
         "checked": lambda: _on_host(checked),
+        "split_graph": lambda: _on_gpu(split_graph.replay) / _CALLS,
         **planners,
     }
+
+
+def _captured(
+    calls: Callable[[], tuple[Tensor, ...]],
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of ``calls``, replayed once, and the tensors that it writes."""
+    with _no_wait():
+        calls()  # loads kernels, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = calls()
+    for tensor in written:
+        tensor.zero_()  # so that what is there afterwards is the replay's
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, written
 
 
 def _time(planners: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
@@ -199,29 +264,38 @@ def _on_gpu(call: Callable[[], object]) -> float:
 
 
 def _balance(case: Case, loads: Tensor, balanced: bool) -> Row:
-    row: Row = {}
-    for policy in ("reference", "balanced"):
-        if policy == "balanced" and not balanced:
-            row["balance_balanced"] = ""
-            continue
-        plan = plan_placement(
-            loads, case.slots, case.gpus, num_groups=GROUPS, num_nodes=case.nodes, policy=policy
-        )
-        row[f"balance_{policy}"] = round(float(plan.after.mean()), 4)
-        row["balance_bound"] = round(float(plan.bound.mean()), 4)
-    return {name: row[name] for name in ("balance_reference", "balance_balanced", "balance_bound")}
+    by_node = {"num_groups": GROUPS, "num_nodes": case.nodes}
+    reference = plan_placement(loads, case.slots, case.gpus, policy="reference", **by_node)
+    anywhere = plan_placement(loads, case.slots, case.gpus, policy="reference")
+    found = {
+        "reference": reference.after,
+        "balanced": None,
+        "bound": reference.bound,
+        "global": None,
+        "global_bound": anywhere.bound,
+        "reference_split": split_replicas(loads, reference.placement, case.gpus).after,
+    }
+    if balanced:
+        found["balanced"] = plan_placement(loads, case.slots, case.gpus, **by_node).after
+        found["global"] = found["balanced"]
+        if case.by_node:
+            found["global"] = plan_placement(loads, case.slots, case.gpus).after
+    return {
+        f"balance_{name}": "" if values is None else round(float(values.mean()), 4)
+        for name, values in found.items()
+    }
 
 
 def print_rows(rows: list[Row]) -> None:
     """Medians and balance for the terminal, in 80 columns."""
     planners = ("kernel", "eager", "checked", "torch", "numpy", "loops")
-    balances = ("reference", "balanced", "bound")
+    balances = ("reference", "balanced", "bound", "global", "global_bound", "reference_split")
     times = Table("layers, slots / nodes / GPUs", title="A plan takes", box=None)
     balance = Table("layers, slots / nodes / GPUs", title="Mean / max GPU load", box=None)
     for table, columns in ((times, (*planners, "x NumPy")), (balance, balances)):
         table.title_justify = "left"
         for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(column.replace("_", "\n"), justify="right", no_wrap=True)
     for row in rows:
         nodes = row["nodes"] if row["policy"] == "hierarchical" else "-"
         name = f"{row['layers']}, {row['slots']} / {nodes} / {row['gpus']}"

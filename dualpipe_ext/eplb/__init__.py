@@ -2,9 +2,9 @@
 
 ``plan`` decides how many replicas each expert gets and where they live, ``planner`` says how good
 that is and what it costs, ``loads`` reads or makes up loads to plan for, ``placement`` spreads
-tokens over them, ``monitor`` measures loads, ``migrate`` moves weights and optimizer state, and
-``replica_grads`` keeps replicas equal. Nothing here knows of dispatch or of pipelines: the maps are
-tensors that a caller hands on.
+tokens over them, ``split`` and ``shares`` do so unevenly, ``monitor`` measures loads, ``migrate``
+moves weights and optimizer state, and ``replica_grads`` keeps replicas equal. Nothing here knows of
+dispatch or of pipelines: the maps are tensors that a caller hands on.
 """
 
 from dualpipe_ext.eplb.loads import drifting_loads, read_loads, synthetic_loads
@@ -21,6 +21,7 @@ from dualpipe_ext.eplb.placement import Placement, balancedness, gpu_loads, sele
 from dualpipe_ext.eplb.plan import rebalance_experts
 from dualpipe_ext.eplb.planner import PlacementPlan, Verdict, plan_placement, should_rebalance
 from dualpipe_ext.eplb.replica_grads import reduce_replica_grads
+from dualpipe_ext.eplb.split import ReplicaSplit, split_replicas
 
 __all__ = [
     "LoadMonitor",
@@ -28,6 +29,7 @@ __all__ = [
     "Move",
     "Placement",
     "PlacementPlan",
+    "ReplicaSplit",
     "Verdict",
     "balancedness",
     "count_experts",
@@ -43,5 +45,6 @@ __all__ = [
     "select_replicas",
     "should_rebalance",
     "slot_state",
+    "split_replicas",
     "synthetic_loads",
 ]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dualpipe_ext.eplb.shares import pick_replica, share_phase
+
 # What a slot id becomes when the expert id was none: no model has that many slots, so whoever
 # receives it can tell. Small enough for int32.
 _NO_SUCH_SLOT = 2**31 - 1
@@ -148,13 +150,20 @@ class Placement:
 
 
 def select_replicas(
-    topk_idx: Tensor, log2phy: Tensor, logcnt: Tensor, *, offset: int = 0
+    topk_idx: Tensor,
+    log2phy: Tensor,
+    logcnt: Tensor,
+    *,
+    offset: int = 0,
+    split: Tensor | None = None,
 ) -> Tensor:
     """Choose a replica for every (token, expert) pair: expert ids in, slot ids out.
 
     The n-th use of an expert, counted through ``topk_idx`` in row-major order, goes to its replica
     ``(n + offset) % replicas``. So its replicas differ by at most one token, for any routing, and
-    the same input gives the same choice. Nothing is read back from a GPU.
+    the same input gives the same choice. With a ``split`` replicas take the shares that it gives
+    them, as evenly (:func:`~dualpipe_ext.eplb.shares.pick_replica`). Nothing is read back from a
+    GPU.
 
     Args:
         topk_idx: [T, K] integer expert ids, -1 where dropped.
@@ -162,6 +171,7 @@ def select_replicas(
         logcnt: [E] int64, the same layer of ``Placement.logcnt``.
         offset: where to start; give every rank another one (its rank), or the tokens that do not
             divide evenly all go to the first replicas.
+        split: int32 [E, X], one layer of ``ReplicaSplit.shares``; None for equal shares.
 
     Returns:
         [T, K] of the dtype of ``topk_idx``: slot ids, -1 where ``topk_idx`` is -1. On a GPU, where
@@ -176,6 +186,10 @@ def select_replicas(
             f"expected topk_idx [T, K], log2phy [E, X] and logcnt [E] of one layer, "
             f"got {list(topk_idx.shape)}, {list(log2phy.shape)} and {list(logcnt.shape)}"
         )
+    if split is not None and (split.shape != log2phy.shape or split.dtype != torch.int32):
+        raise ValueError(
+            f"expected a split int32 {list(log2phy.shape)}, got {split.dtype} {list(split.shape)}"
+        )
     num_experts = log2phy.shape[0]
     if not topk_idx.is_cuda:
         _check_ids(topk_idx, num_experts, lowest=-1)
@@ -188,18 +202,25 @@ def select_replicas(
         slot = log2phy[expert, 0]
     else:
         nth = _occurrence(bins[None], num_experts + 1)[0]
-        slot = log2phy[expert, (nth + offset) % logcnt[expert]]
+        if split is None:
+            replica = (nth + offset) % logcnt[expert]
+        else:
+            replica = pick_replica(nth, split[expert], phase=share_phase(offset))
+        slot = log2phy[expert, replica]
     dropped = topk_idx.flatten() == -1
     slot = slot.where(valid, _NO_SUCH_SLOT).masked_fill(dropped, -1)
     return slot.view_as(topk_idx).to(topk_idx.dtype)
 
 
-def gpu_loads(loads: Tensor, placement: Placement, num_gpus: int) -> Tensor:
-    """Load of every GPU when each expert's load is split evenly over its replicas.
+def gpu_loads(
+    loads: Tensor, placement: Placement, num_gpus: int, *, weights: Tensor | None = None
+) -> Tensor:
+    """Load of every GPU when each expert's load is split over its replicas, evenly or by weights.
 
     Args:
         loads: [L, E] load of every expert, any real dtype.
         num_gpus: G; S is a multiple of it.
+        weights: [L, E, X] of the replicas, 1 in all for an expert (``ReplicaSplit.weights``).
 
     Returns:
         [L, G] float32.
@@ -212,11 +233,32 @@ def gpu_loads(loads: Tensor, placement: Placement, num_gpus: int) -> Tensor:
         raise ValueError(
             f"expected num_gpus to divide the {placement.num_slots} slots, got {num_gpus}"
         )
-    slot_loads = (loads.float() / placement.logcnt).gather(1, placement.phy2log)
+    if weights is None:
+        slot_loads = (loads.float() / placement.logcnt).gather(1, placement.phy2log)
+    elif weights.shape != placement.log2phy.shape:
+        raise ValueError(
+            f"expected weights of shape {list(placement.log2phy.shape)}, got {list(weights.shape)}"
+        )
+    else:
+        by_replica = loads.float().unsqueeze(2) * weights
+        slot_loads = by_replica.flatten(1).gather(1, slot_cells(placement))
     return slot_loads.view(placement.num_layers, num_gpus, -1).sum(-1)
 
 
-def balancedness(loads: Tensor, placement: Placement, num_gpus: int) -> Tensor:
+def slot_cells(placement: Placement) -> Tensor:
+    """[L, S] int64: where every slot stands in the flattened [E, X] of ``placement.log2phy``."""
+    num_layers, num_experts, width = placement.log2phy.shape
+    slots = placement.log2phy.flatten(1)
+    # Padding goes to a slot of its own behind the last one.
+    slots = slots.where(slots >= 0, placement.num_slots)
+    cells = slots.new_zeros(num_layers, placement.num_slots + 1)
+    here = torch.arange(num_experts * width, device=slots.device)
+    return cells.scatter_(1, slots, here.expand_as(slots))[:, :-1]
+
+
+def balancedness(
+    loads: Tensor, placement: Placement, num_gpus: int, *, weights: Tensor | None = None
+) -> Tensor:
     """Mean over maximum GPU load of every layer: 1 is perfect, 1 / G the worst.
 
     It is the share of its time that a GPU computes while all wait for the slowest.
@@ -224,11 +266,12 @@ def balancedness(loads: Tensor, placement: Placement, num_gpus: int) -> Tensor:
     Args:
         loads: [L, E] load of every expert.
         num_gpus: G.
+        weights: [L, E, X] of the replicas; by default all of an expert's are alike.
 
     Returns:
         [L] float32; 1 for a layer without any load.
     """
-    per_gpu = gpu_loads(loads, placement, num_gpus)
+    per_gpu = gpu_loads(loads, placement, num_gpus, weights=weights)
     most = per_gpu.max(1).values
     return torch.where(most > 0, per_gpu.mean(1) / most, 1.0)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext.ep import Buffer
-from dualpipe_ext.eplb import count_experts, select_replicas
 from dualpipe_ext.kernels.swiglu import swiglu
 from dualpipe_ext.models.config import ModelConfig
 from dualpipe_ext.models.layers import Attention, SharedExpert
@@ -58,6 +57,9 @@ class MoELayer(nn.Module):
         self.replica_offset = replica_offset
         self.log2phy: Tensor | None = None  # int64 [E, X] slots of each expert; None: slot = expert
         self.logcnt: Tensor | None = None  # int64 [E] replicas of each expert
+        # int32 [E, X] how much of its tokens each replica gets (``ReplicaSplit.shares``); None: all
+        # the same. Read when a token is routed: set it together with the maps, between two steps.
+        self.replica_split: Tensor | None = None
         # Tokens per logical expert since the last reset, for balancing; read by the trainer.
         self.register_buffer(
             "counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
@@ -82,15 +84,17 @@ class MoELayer(nn.Module):
     def _attention(self, x: Tensor) -> tuple[Any, ...]:
         x = x + self.attention(self.attention_norm(x))
         normed = self.moe_norm(x).flatten(0, 1)  # [T, H]
-        topk_idx, topk_weights = self.router(normed)
-        if self.training:
-            self.counts += count_experts(topk_idx, self.counts.numel())
-        return x, normed, self._slots(topk_idx), topk_weights
-
-    def _slots(self, topk_idx: Tensor) -> Tensor:
-        if self.log2phy is None or self.logcnt is None:
-            return topk_idx
-        return select_replicas(topk_idx, self.log2phy, self.logcnt, offset=self.replica_offset)
+        # A forward that a checkpoint repeats within a backward routes the same tokens again.
+        count = self.training and not _in_backward()
+        routing = self.router(
+            normed,
+            log2phy=self.log2phy,
+            logcnt=self.logcnt,
+            replica_offset=self.replica_offset,
+            split=self.replica_split,
+            counts=self.counts if count else None,
+        )
+        return x, normed, routing.slot_idx, routing.topk_weights
 
     def _dispatch(
         self, x: Tensor, normed: Tensor, slot_idx: Tensor, topk_weights: Tensor
@@ -110,3 +114,10 @@ class MoELayer(nn.Module):
     def _combine(self, x: Tensor, out: Tensor, weights: Tensor, handle: Any) -> tuple[Any, ...]:
         routed, _ = self.buffer.combine(out, handle, weights=weights)
         return (x + routed.view_as(x),)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread right now."""
+    # What torch.utils.checkpoint itself asks; there is no public name for it. A compiler traces a
+    # forward once and repeats what it likes of it itself, without its side effects.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,18 +1,23 @@
 """Group-limited sigmoid routing with bias-based balancing, as in DeepSeek-V3.
 
-T tokens, H hidden, E experts, K top-k, G groups.
+Here belong the router's parameters and its matrix product; the choice itself, which needs no
+parameters, is ``kernels/router.py``.
+
+T tokens, H hidden, E experts, K top-k, X most replicas of one expert.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from dualpipe_ext.kernels.router import Routing, route
 from dualpipe_ext.models.config import ModelConfig
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token.
+    """Chooses K of E experts for each token, and a replica of each.
 
     Source: DeepSeek-V3 technical report, section 2.1.2: sigmoid affinities; a bias that takes part
     in the selection only; a group's score is the sum of its two best experts; the chosen affinities
@@ -30,29 +35,40 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden))
         self.register_buffer("bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        log2phy: Tensor | None = None,
+        logcnt: Tensor | None = None,
+        replica_offset: int = 0,
+        split: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Routing:
         """Route ``x`` [T, H].
 
-        Returns:
-            ``topk_idx`` int64 [T, K] of logical experts, and ``topk_weights`` [T, K] in float32
-            (float64 for a float64 model), differentiable with respect to ``x`` and the weight.
-        """
-        # In float32 whatever the model's precision: rounding must not decide who is chosen.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scores = torch.sigmoid(nn.functional.linear(x.to(wide), self.weight.to(wide)))
-        with torch.no_grad():
-            topk_idx = self._select(scores + self.bias.to(wide))
-        chosen = scores.gather(1, topk_idx)
-        topk_weights = chosen / chosen.sum(dim=1, keepdim=True) * self.route_scale
-        return topk_idx, topk_weights
+        Args:
+            x: the tokens; they are not copied into a wider dtype if they are bfloat16.
+            log2phy, logcnt, replica_offset, split, counts: as
+                :func:`~dualpipe_ext.kernels.router.route` takes them.
 
-    def _select(self, biased: Tensor) -> Tensor:
-        grouped = biased.view(biased.shape[0], self.num_groups, -1)  # [T, G, E/G]
-        group_scores = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
-        groups = group_scores.topk(self.top_groups, dim=1).indices
-        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, groups, False)
-        open_scores = grouped.masked_fill(closed.unsqueeze(2), float("-inf")).flatten(1)
-        return open_scores.topk(self.top_k, dim=1).indices
+        Returns:
+            The :class:`~dualpipe_ext.kernels.router.Routing`: logical experts, weights in float32
+            (float64 for a float64 model) with gradients to ``x`` and the weight, slots and counts.
+        """
+        return route(
+            routing_logits(x, self.weight),
+            self.bias,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            top_k=self.top_k,
+            route_scale=self.route_scale,
+            log2phy=log2phy,
+            logcnt=logcnt,
+            replica_offset=replica_offset,
+            split=split,
+            counts=counts,
+        )
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, *, rate: float) -> None:
@@ -64,3 +80,78 @@ class Router(nn.Module):
         """
         load = counts.to(self.bias.dtype)
         self.bias.add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def routing_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in at least float32, whatever the model's precision.
+
+    Rounding must not decide who is chosen. Where ``x`` is bfloat16, it would take a float32 copy of
+    it, kept for the backward, and a product without tensor cores, or in TF32 if somebody has set
+    that. Instead the weight is cut into three bfloat16 numbers that sum to it exactly; products of
+    two bfloat16 numbers are exact in float32, in which tensor cores add them up: one bfloat16
+    product with three times the columns. (Henry, Tang and Heinecke, "Leveraging the bfloat16
+    artificial intelligence datatype for higher-precision computations", 2019.) No number is rounded
+    but in the sums. Tensor cores round those toward zero, once for every 16 products, so that their
+    error can be a few times that of float32 sums (Ootomo and Yokota, 2022): some 2**-16 of a logit,
+    where rounding ``x`` to bfloat16 has cost 2**-9 of every term.
+
+    Other dtypes take a plain product, in which float32 follows
+    ``torch.set_float32_matmul_precision``: "highest" unless somebody asks for less.
+
+    Args:
+        x: floating [T, H].
+        weight: floating [E, H].
+
+    Returns:
+        float32 [T, E], or float64 if ``x`` is. Gradients have the dtypes of ``x`` and ``weight``.
+    """
+    if x.dtype == torch.bfloat16:
+        return _Bf16TimesFloat32.apply(x, weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return nn.functional.linear(x.to(wide), weight.to(wide))
+
+
+class _Bf16TimesFloat32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        parts = torch.cat(_bf16_parts(weight, 3))  # [3E, H]
+        return _sum_parts(_mm(x, parts.t()).view(len(x), 3, len(weight)), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        g = _bf16_parts(grad, 3)
+        if ctx.needs_input_grad[0]:
+            # Rounded to bfloat16 in the end: two parts each, without the product of the small ones,
+            # are 2**8 times as exact. Side by side along E, so that the product adds them up.
+            w = _bf16_parts(weight, 2)
+            grad_x = torch.cat([g[0], g[1], g[0]], 1) @ torch.cat([w[0], w[0], w[1]])
+        if ctx.needs_input_grad[1]:
+            by_part = _mm(torch.cat(g, 1).t(), x).view(3, *weight.shape)
+            grad_weight = _sum_parts(by_part, dim=0).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def _bf16_parts(x: Tensor, num_parts: int) -> list[Tensor]:
+    """Bfloat16 numbers that sum to ``x``: two have 16 bits of a float32, three all 24."""
+    parts = []
+    rest = x.float()
+    for _ in range(num_parts):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].float()
+    return parts
+
+
+def _sum_parts(products: Tensor, *, dim: int) -> Tensor:
+    high, middle, low = products.unbind(dim)
+    return (low + middle) + high
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """Product of two bfloat16 matrices, not rounded to bfloat16."""
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

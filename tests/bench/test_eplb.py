@@ -21,15 +21,19 @@ def test_rows_say_what_was_measured():
     assert [row["policy"] for row in rows] == ["hierarchical", "global"]
     assert list(rows[0]) == list(rows[1])
     for row in rows:
-        for name in ("torch", "numpy", "loops"):
+        for name in ("torch", "numpy", "loops", "split_torch"):
             assert 0 < row[f"{name}_us_p20"] <= row[f"{name}_us_p50"] <= row[f"{name}_us_p80"]
         assert 0 < row["balance_reference"] <= row["balance_bound"] <= 1
-        assert (row["kernel_us_p50"] == "") == (not torch.cuda.is_available())
+        assert row["balance_reference"] <= row["balance_reference_split"] <= 1
+        assert row["balance_bound"] <= row["balance_global_bound"] <= 1
+        for name in ("kernel_us_p50", "split_graph_us_p50", "numpy_over_kernel"):
+            assert (row[name] == "") == (not torch.cuda.is_available())
 
 
 def test_balanced_plans_are_between_the_reference_and_the_bound():
     row = measure(SMALL, rounds=1)
     assert row["balance_reference"] < row["balance_balanced"] <= row["balance_bound"]
+    assert row["balance_balanced"] < row["balance_global"] <= row["balance_global_bound"]
 
 
 def test_the_cases_are_those_of_deepseek_v3():

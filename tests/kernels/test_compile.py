@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton")
 
 from dualpipe_ext.kernels import fp8_cast, permute, rmsnorm, router, swiglu  # noqa: E402
 
+from dualpipe_ext.eplb.shares import SHARE_BITS  # noqa: E402
+
 pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="needs a process without the interpreter"
@@ -231,15 +233,24 @@ def test_route_compiles_to_the_instructions_of_torch(sizes, replicas, tmp_path):
         assert "ld.global.v4" in ptx, "expected vector loads"
 
 
-@pytest.mark.parametrize("sizes", ROUTERS, ids=str)
-def test_slot_compiles_without_spills(sizes, tmp_path):
+def slot_arguments(sizes, *, has_split):
+    """Pointers and constants of the slot kernel for what ``_sizes`` returned."""
     names = ("topk_idx_ptr", "before_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
-    constants = router._sizes(*sizes)
-    constexprs = {"TOKENS": constants["TOKENS"], "TOP_K": constants["TOP_K"]}
-    constexprs["PAIRS"] = constants["TOKENS"] * constants["TOP_K_PADDED"]
-    compiled = compile_with_rest_int32(
-        router._slot_kernel, dict.fromkeys(names, "*i64"), constexprs
-    )
+    pointers = dict.fromkeys(names, "*i64")
+    constexprs = {"TOKENS": sizes["TOKENS"], "TOP_K": sizes["TOP_K"], "HAS_SPLIT": has_split}
+    constexprs |= {"PAIRS": sizes["TOKENS"] * sizes["TOP_K_PADDED"], "BITS": SHARE_BITS}
+    if has_split:
+        pointers["split_ptr"] = "*i32"
+    else:
+        constexprs["split_ptr"] = None
+    return pointers, constexprs
+
+
+@pytest.mark.parametrize("has_split", [False, True], ids=["even", "split"])
+@pytest.mark.parametrize("sizes", ROUTERS, ids=str)
+def test_slot_compiles_without_spills(sizes, has_split, tmp_path):
+    arguments = slot_arguments(router._sizes(*sizes), has_split=has_split)
+    compiled = compile_with_rest_int32(router._slot_kernel, *arguments)
     assert spills_nothing(compiled, tmp_path)
 
 
@@ -253,9 +264,8 @@ def test_router_compiles_for_one_of_everything():
     constexprs |= {"HAS_REPLICAS": True, "LIBDEVICE": True}
     assert compile_with_rest_int32(router._route_kernel, pointers, constexprs).asm["cubin"]
 
-    names = ("topk_idx_ptr", "before_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
-    ones = ("num_tokens", "num_experts", "max_replicas", "replica_offset")
-    constexprs = dict.fromkeys(ones, 1) | {"TOKENS": sizes["TOKENS"], "TOP_K": 1}
-    constexprs["PAIRS"] = sizes["TOKENS"] * sizes["TOP_K_PADDED"]
-    pointers = dict.fromkeys(names, "*i64")
-    assert compile_with_rest_int32(router._slot_kernel, pointers, constexprs).asm["cubin"]
+    ones = dict.fromkeys(("num_tokens", "num_experts", "max_replicas", "start"), 1)
+    for has_split in (False, True):
+        pointers, constexprs = slot_arguments(sizes, has_split=has_split)
+        compiled = compile_with_rest_int32(router._slot_kernel, pointers, constexprs | ones)
+        assert compiled.asm["cubin"]

@@ -14,7 +14,7 @@ import torch
 from dualpipe_ext.kernels.router import choose_experts, route
 
 from dualpipe_ext.eplb import Placement, select_replicas
-from dualpipe_ext.models import ModelConfig, Router
+from dualpipe_ext.eplb.shares import to_shares
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -77,26 +77,63 @@ def test_chooses_what_the_definition_chooses(shape, tied):
     torch.testing.assert_close(routing.topk_weights.double(), weights, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_replicas_take_turns(shape, offset):
-    tokens, experts, num_groups, top_groups, top_k = shape
-    rules = {"num_groups": num_groups, "top_groups": top_groups, "top_k": top_k}
+def crowded_maps(experts):
+    """Every expert has a slot, and a few have up to four more."""
     generator = torch.Generator().manual_seed(1)
-    # Every expert has a slot, and a few have up to four more.
     more = torch.randint(min(experts, 5), (experts,), generator=generator)
     order = torch.randperm(2 * experts, generator=generator)
     slots = torch.cat([torch.arange(experts), more])[order]
     placement = Placement.from_phy2log(slots[None], experts)
-    maps = {"log2phy": placement.log2phy[0], "logcnt": placement.logcnt[0]}
+    return {"log2phy": placement.log2phy[0], "logcnt": placement.logcnt[0]}
+
+
+def uneven_split(log2phy, logcnt):
+    weights = torch.rand(log2phy.shape, generator=torch.Generator().manual_seed(3)) ** 3
+    weights[0] = 0  # an expert that nothing was said about
+    return to_shares(weights * (torch.arange(log2phy.shape[1]) < logcnt[:, None]))
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_replicas_take_turns(shape, offset, uneven):
+    tokens, experts, num_groups, top_groups, top_k = shape
+    rules = {"num_groups": num_groups, "top_groups": top_groups, "top_k": top_k}
+    maps = crowded_maps(experts)
+    split = uneven_split(**maps) if uneven else None
     logits, bias = inputs(tokens, experts)
-    routing = route(logits, bias, **rules, route_scale=1.0, **maps, replica_offset=offset)
+    routing = route(
+        logits, bias, **rules, route_scale=1.0, **maps, replica_offset=offset, split=split
+    )
 
     plain = route(logits, bias, **rules, route_scale=1.0)
     assert torch.equal(routing.topk_idx, plain.topk_idx)
     assert torch.equal(routing.counts, plain.counts)
-    expected = select_replicas(routing.topk_idx, **maps, offset=offset)
+    expected = select_replicas(routing.topk_idx, **maps, offset=offset, split=split)
     assert torch.equal(routing.slot_idx, expected)
+    assert torch.equal(plain.topk_weights, routing.topk_weights)
+
+
+def test_counts_are_added_to_what_is_given():
+    logits, bias = inputs(33, 16)
+    rules = {"num_groups": 4, "top_groups": 2, "top_k": 4, "route_scale": 1.0}
+    counts = torch.arange(16)
+    sums = [route(logits, bias, **rules, counts=counts).counts for _ in range(2)]
+    assert all(s is counts for s in sums)
+    assert torch.equal(counts, torch.arange(16) + 2 * route(logits, bias, **rules).counts)
+
+
+def test_a_split_does_not_touch_the_gradient():
+    logits, bias = inputs(20, 24)
+    rules = {"num_groups": 4, "top_groups": 2, "top_k": 5, "route_scale": 2.5}
+    maps = crowded_maps(24)
+    grads = []
+    for split in (None, uneven_split(**maps)):
+        leaf = logits.clone().requires_grad_()
+        route(leaf, bias, **rules, **maps, split=split).topk_weights.square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    assert grads[0].any()
 
 
 def test_example_of_the_docstring():
@@ -111,25 +148,6 @@ def test_example_of_the_docstring():
     assert routing.topk_weights.tolist() == [[2.0], [2.0]]
     assert routing.slot_idx.tolist() == [[5], [6]]
     assert routing.counts.tolist() == [0, 2, 0, 0]
-
-
-def test_agrees_with_the_models_router():
-    torch.manual_seed(0)
-    router = Router(ModelConfig())
-    torch.nn.init.normal_(router.weight, std=0.1)
-    torch.nn.init.normal_(router.bias, std=0.1)
-    x = torch.randn(40, router.weight.shape[1])
-    topk_idx, topk_weights = router(x)
-    routing = route(
-        torch.nn.functional.linear(x, router.weight).detach(),
-        router.bias,
-        num_groups=router.num_groups,
-        top_groups=router.top_groups,
-        top_k=router.top_k,
-        route_scale=router.route_scale,
-    )
-    assert torch.equal(routing.topk_idx, topk_idx)
-    torch.testing.assert_close(routing.topk_weights, topk_weights, rtol=2e-6, atol=0)
 
 
 def test_gradient_matches_float64():
@@ -149,7 +167,6 @@ def test_gradient_matches_float64():
     assert not routing.counts.requires_grad
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the Triton kernel has no float64")
 def test_fallback_gradients_in_float64():
     logits, bias = inputs(4, 12)
     logits = logits.double().requires_grad_()
@@ -218,6 +235,15 @@ ONES = torch.ones(4, dtype=torch.int64)
         (torch.zeros(2, 4), torch.zeros(4), {"top_k": 3}, "top_k from 1 to 2"),
         (torch.zeros(1, 8192), torch.zeros(8192), {}, "at most 4096"),
         (torch.zeros(2, 4), torch.zeros(4), {"logcnt": ONES}, "together"),
+        (torch.zeros(2, 4), torch.zeros(4), {"split": ONES[:, None].int()}, "together"),
+        (torch.zeros(2, 4), torch.zeros(4), {"counts": ONES[:3]}, r"counts int64 \[4\]"),
+        (torch.zeros(2, 4), torch.zeros(4), {"counts": ONES.int()}, r"counts int64 \[4\]"),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(4),
+            {"logcnt": ONES, "log2phy": ONES[:, None], "split": ONES[:, None]},
+            r"split int32 \[4, 1\]",
+        ),
         (
             torch.zeros(2, 4),
             torch.zeros(4),

@@ -1,0 +1,147 @@
+"""Fill the tables of README.md from benchmarks/results, after rows have been added there.
+
+    python tools/readme_tables.py            # rewrites README.md
+    python tools/readme_tables.py --check    # exit code 1 if a table is not what the rows say
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. Of rows that answer
+the same question the last one is shown, one from a GPU before any from a CPU. Columns in which
+nothing was measured are left out. Standard library only.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, str]
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def rows_of(name: str, question: Sequence[str]) -> list[Row]:
+    """The row to show for each distinct content of the columns ``question``, in file order."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    chosen: dict[tuple[str, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: row["gpu"] != "none"):  # stable: the last one wins
+        chosen[tuple(row[column] for column in question)] = row
+    return [row for row in rows if any(row is shown for shown in chosen.values())]
+
+
+def markdown(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> str:
+    """A table with the first column to the left and the others to the right."""
+    cells = {heading: [cell(row) for row in rows] for heading, cell in columns.items()}
+    shown = {heading: column for heading, column in cells.items() if any(column)}
+    lines = [list(shown), ["---", *["---:"] * (len(shown) - 1)]]
+    lines += [[cell or "-" for cell in line] for line in zip(*shown.values(), strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where, when and by which commands the rows were measured."""
+    on = dict.fromkeys(
+        f"{'a CPU' if row['gpu'] == 'none' else row['gpu']} ({row['cpu_cores']} cores), "
+        f"{row['date']}, commit {row['commit']}"
+        for row in rows
+    )
+    commands = dict.fromkeys(row["command"] for row in rows)
+    return f"{'; '.join(on)}: {', '.join(f'`{command}`' for command in commands)}."
+
+
+def microseconds(column: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        if not row[column]:
+            return ""
+        us = float(row[column])
+        return f"{us:.1f} us" if us < 1000 else f"{us / 1000:.1f} ms"
+
+    return cell
+
+
+def balance(column: str) -> Callable[[Row], str]:
+    return lambda row: f"{float(row[column]):.4f}" if row[column] else ""
+
+
+def eplb() -> str:
+    rows = rows_of("eplb", ("layers", "experts", "slots", "nodes", "gpus"))
+
+    def case(row: Row) -> str:
+        hosts = f" in {row['nodes']} hosts" if row["policy"] == "hierarchical" else ""
+        return f"{row['layers']} x {row['experts']} to {row['slots']} on {row['gpus']}{hosts}"
+
+    times = {
+        "layers x experts to slots on GPUs": case,
+        "kernel, in a graph": microseconds("kernel_us_p50"),
+        "kernel, eager": microseconds("eager_us_p50"),
+        "torch, CPU": microseconds("torch_us_p50"),
+        "NumPy": microseconds("numpy_us_p50"),
+        "plain loops": microseconds("loops_us_p50"),
+        "NumPy / kernel": lambda r: r["numpy_over_kernel"] and f"{r['numpy_over_kernel']}x",
+    }
+    balances = {
+        "mean / maximum GPU load": case,
+        "DeepSeek's plan": balance("balance_reference"),
+        "same, split unevenly": balance("balance_reference_split"),
+        "balanced": balance("balance_balanced"),
+        "bound": balance("balance_bound"),
+        "without hosts": balance("balance_global"),
+        "bound without hosts": balance("balance_global_bound"),
+    }
+    return (
+        f"{markdown(rows, times)}\n{markdown(rows, balances)}\n"
+        f"*Medians, loads and maps where the planner runs; lognormal loads. On {source(rows)}*\n"
+    )
+
+
+def drift() -> str:
+    rows = rows_of("eplb_drift", ("rebalances", "layers", "memory", "tolerance"))
+
+    def figures(planner: str) -> Callable[[Row], str]:
+        return lambda row: (
+            f"{float(row[f'{planner}_moves']):.1f} ({float(row[f'{planner}_balance']):.4f})"
+        )
+
+    columns = {
+        "loads forget in": lambda row: f"{float(row['memory']):g} re-balancings",
+        "DeepSeek's plan": figures("reference"),
+        "same, renumbered": figures("reference_renumbered"),
+        "balanced": figures("balanced"),
+        "share of moves": lambda row: f"{float(row['share_of_moves']):.1%}",
+    }
+    return (
+        f"{markdown(rows, columns)}\n"
+        "*Experts that move, per layer and re-balancing, and the balance that they leave, over "
+        f"{rows[0]['rebalances']} re-balancings. On {source(rows)}*\n"
+    )
+
+
+TABLES = {"eplb": eplb, "drift": drift}
+
+
+def filled(readme: str) -> str:
+    """``readme`` with every table made anew."""
+    return _MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", readme)
+
+
+def main(arguments: Sequence[str]) -> int:
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if list(arguments) == ["--check"]:
+        if after != before:
+            print("README.md: run python tools/readme_tables.py", file=sys.stderr)
+        return int(after != before)
+    if arguments:
+        print(f"expected --check or nothing, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
