@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext.memory import Kept
 from dualpipe_ext.models.config import ModelConfig
+from dualpipe_ext.pipeline.weight_grad import linear
 
 
 class Router(nn.Module):
@@ -30,8 +32,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden))
         self.register_buffer("bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Route ``x`` [T, H].
+    def forward(self, x: Tensor, *, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+        """Route ``x`` [T, H], which is kept as ``kept`` for the gradient of the weight.
 
         Returns:
             ``topk_idx`` int64 [T, K] of logical experts, and ``topk_weights`` [T, K] in float32
@@ -39,7 +41,7 @@ class Router(nn.Module):
         """
         # In float32 whatever the model's precision: rounding must not decide who is chosen.
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = torch.sigmoid(nn.functional.linear(x.to(wide), self.weight.to(wide)))
+        scores = torch.sigmoid(linear(x, self.weight, dtype=wide, kept=kept))
         with torch.no_grad():
             topk_idx = self._select(scores + self.bias.to(wide))
         chosen = scores.gather(1, topk_idx)

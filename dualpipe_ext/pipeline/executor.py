@@ -99,6 +99,7 @@ class StepExecutor:
             self._carry_out(actions, given)
             if self._stopwatch is not None:
                 self._stopwatch.add(str(step), asked, start, self._mark())
+            self._exchange.release_sent()
         self._exchange.finish()
         assert not any((self._graphs, self._owing, self._handed))
 
