@@ -64,8 +64,8 @@ def recomputed(fn: Callable[..., Tensor], *inputs: Tensor | Kept | None) -> Kept
     input is itself kept in another way.
 
     Args:
-        fn: ``fn(*inputs)``, without randomness; it must refer to no tensor but its arguments. Called
-            without gradients and outside autocast.
+        fn: ``fn(*inputs)``, without randomness; it must refer to no tensor but its arguments.
+            Called without gradients and outside autocast.
         inputs: tensors; tensors that are themselves kept; None, passed on as it is.
     """
     parts = [None if x is None else x if isinstance(x, Kept) else _as_it_is(x) for x in inputs]

@@ -21,9 +21,9 @@ class MemoryPlan:
     Attributes:
         recompute: from level 1. Outputs of RMSNorm and SwiGLU are computed again from what those
             keep themselves, and reshaped or cast copies are made again. The same bits.
-        weighted_experts: from level 2. An expert's rows are multiplied by their top-k weights inside
-            SwiGLU, so that combine is a plain sum and need not keep the experts' outputs. Equal but
-            for rounding.
+        weighted_experts: from level 2. An expert's rows are multiplied by their top-k weights
+            inside SwiGLU, so that combine is a plain sum and need not keep the experts' outputs.
+            Equal but for rounding.
         fp8_rows: from level 2. The rows that experts receive are kept in FP8 for the weight
             gradient; no other gradient depends on them.
         fp8_swiglu: from level 3. The inputs of SwiGLU are kept in FP8. (As in DeepSeek-V3:

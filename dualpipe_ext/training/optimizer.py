@@ -56,7 +56,7 @@ class MasterAdamW:
         self._after: OrderedDict[int, Hook] = OrderedDict()
 
     def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
-        """Call ``hook(optimizer, args, kwargs)`` before a step, as ``torch.optim.Optimizer`` does."""
+        """Call ``hook(optimizer, args, kwargs)`` before a step, as torch's optimizers do."""
         return _register(self._before, hook)
 
     def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
