@@ -85,7 +85,7 @@ def recomputed(fn: Callable[..., Tensor], *inputs: Tensor | Kept | None) -> Kept
 
 
 @contextmanager
-def saved_as(x: Tensor, kept: Kept) -> Iterator[None]:
+def saved_as(x: Tensor, kept: Kept | None) -> Iterator[None]:
     """Have operations inside the block save ``kept`` where they would save ``x``.
 
     For any operation of autograd, whosever it is. Each one restores a tensor of its own, for the
@@ -96,8 +96,11 @@ def saved_as(x: Tensor, kept: Kept) -> Iterator[None]:
 
     Args:
         x: what the operations take; it must not change inside the block.
-        kept: how to keep it.
+        kept: how to keep it; None to have it saved as ever.
     """
+    if kept is None:
+        yield
+        return
     identity = _identity(x)
 
     def pack(tensor: Tensor) -> Tensor | Kept:

@@ -34,8 +34,6 @@ def kept_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> dict[str,
     def quantised(values: int, *, when: bool) -> int:
         return values + values // BLOCK * _SCALE_BYTES if when else plain(values)
 
-    # Routing is computed from a float32 copy, if the rows are not that wide themselves.
-    router_copy = 0 if plan.recompute or wide == itemsize else hidden * wide
     return {
         "layer input": plain(hidden),
         "attention norm": plain(hidden, unless=plan.recompute),
@@ -44,7 +42,7 @@ def kept_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> dict[str,
         "attention output": plain(hidden) + config.num_heads * wide,
         "MoE input": plain(hidden),
         "MoE norm": plain(hidden, unless=plan.recompute),
-        "router": router_copy + config.num_experts * wide,
+        "router scores": config.num_experts * wide,
         "expert rows": quantised(rows * hidden, when=plan.fp8_rows),
         "gate and up": quantised(rows * 2 * inner, when=plan.fp8_swiglu),
         "activated": plain(rows * inner, unless=plan.recompute),

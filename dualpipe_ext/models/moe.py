@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.eplb import count_experts, select_replicas
-from dualpipe_ext.memory import MemoryPlan, in_fp8
+from dualpipe_ext.memory import MemoryPlan, in_fp8, saved_as
 from dualpipe_ext.models.config import ModelConfig
 from dualpipe_ext.models.layers import Attention, RMSNorm, SharedExpert, kept_swiglu
 from dualpipe_ext.models.router import Router
@@ -96,7 +96,8 @@ class MoELayer(nn.Module):
         kept = self.attention_norm.kept(x, self.memory)
         x = x + self.attention(self.attention_norm(x), kept=kept)
         normed = self.moe_norm(x).flatten(0, 1)  # [T, H]
-        topk_idx, topk_weights = self.router(normed, kept=self.moe_norm.kept(x, self.memory))
+        with saved_as(normed, self.moe_norm.kept(x.flatten(0, 1), self.memory)):
+            topk_idx, topk_weights = self.router(normed)
         if self.training:
             self.counts += count_experts(topk_idx, self.counts.numel())
         return x, normed, self._slots(topk_idx), topk_weights

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dualpipe_ext.memory import Kept
 from dualpipe_ext.models.config import ModelConfig
-from dualpipe_ext.pipeline.weight_grad import linear
 
 
 class Router(nn.Module):
@@ -32,8 +30,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden))
         self.register_buffer("bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor, *, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-        """Route ``x`` [T, H], which is kept as ``kept`` for the gradient of the weight.
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Route ``x`` [T, H].
 
         Returns:
             ``topk_idx`` int64 [T, K] of logical experts, and ``topk_weights`` [T, K] in float32
@@ -41,7 +39,7 @@ class Router(nn.Module):
         """
         # In float32 whatever the model's precision: rounding must not decide who is chosen.
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = torch.sigmoid(linear(x, self.weight, dtype=wide, kept=kept))
+        scores = torch.sigmoid(nn.functional.linear(x.to(wide), self.weight.to(wide)))
         with torch.no_grad():
             topk_idx = self._select(scores + self.bias.to(wide))
         chosen = scores.gather(1, topk_idx)

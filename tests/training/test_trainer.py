@@ -78,7 +78,7 @@ def test_memory_levels_train_alike():
         assert runs[level][-1] < runs[level][0] - 0.3
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-12)])
 def test_a_longer_run_stays_with_one_process(dtype, bound):
     # With replicas that move and with a bias that does. float64 shows that what is left in float32
     # is rounding (which at some step decides a routing choice: see docs/LOG.md).
