@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ CONFIG = ModelConfig(
     shared_hidden=128,
 )
 TOKENS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+DOCS = Path(__file__).parents[2] / "docs"
 LEVELS = range(MAX_LEVEL + 1)
 
 
@@ -117,19 +120,24 @@ def test_what_is_kept_is_what_was_predicted(dtype):
         assert predicted <= per_token <= 1.05 * predicted + 600, level
 
 
-def test_level_3_of_deepseek_v3_keeps_a_third():
+def test_level_3_of_deepseek_v3_keeps_less_than_half_and_the_tables_say_so():
     config = ModelConfig(
         hidden=7168, num_heads=56, num_experts=256, top_k=8, num_groups=8, top_groups=4,
         expert_hidden=2048, shared_hidden=2048,
     )  # fmt: skip
-    total = [
-        sum(kept_bytes_per_token(config.with_overrides(memory_level=level)).values())
-        for level in LEVELS
-    ]
+    kept = [kept_bytes_per_token(config.with_overrides(memory_level=n)) for n in LEVELS]
+    total = [sum(parts.values()) for parts in kept]
     assert total == sorted(total, reverse=True)
     assert total[3] < 0.65 * total[0]  # the target: at least 35% less
-    assert total[0] == 484_576
-    assert total[3] == 184_416
+    rows = {name: [parts[name] for parts in kept] for name in kept[0]} | {"all": total}
+    internals = (DOCS / "internals.md").read_text()
+    for name, row in rows.items():
+        assert f"| {name} | " + " | ".join(f"{count:,}" for count in row) + " |\n" in internals
+    less = [f"{1 - count / total[0]:.0%}" for count in total[1:]]
+    assert "| less than level 0 | | " + " | ".join(less) + " |\n" in internals
+    guide = (DOCS / "guide.md").read_text()
+    for level, count in zip(LEVELS, total, strict=True):
+        assert re.search(rf"^\| {level} \|.*\| {count / total[0]:.0%} \|$", guide, re.MULTILINE)
 
 
 def paired_gradients(level: int) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ WITH = replace(CONFIG, ema=0.9)
 MOVING = replace(WITH, redundant_experts=4, rebalance_every=3, dtype="float64")
 
 
-def make(config):
-    return Trainer(config, TEXT, device=torch.device("cpu"))
+def make(config, device="cpu"):
+    index = torch.cuda.current_device() if device == "cuda" else None
+    return Trainer(config, TEXT, device=torch.device(device, index))
 
 
 def follow_by_hand(config, steps):
@@ -63,9 +64,9 @@ def by_expert(trainer):
     return {key: value for part in everyone for key, value in part.items()}
 
 
-def move(config, steps):
+def move(config, steps, device="cpu"):
     """Averages by expert at the end, and the number of bytes of experts that moved."""
-    trainer = make(config)
+    trainer = make(config, device)
     moved = 0
     for _ in range(steps):
         moved += trainer.step().moved_bytes
