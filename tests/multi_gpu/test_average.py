@@ -21,4 +21,4 @@ def test_averages_follow_experts_that_move():
     for key, average in fixed.items():
         # In float32 a routing choice that is nearly a tie may differ, which moves single experts a
         # little; two experts' averages are about 0.02 apart.
-        assert (moving[key] - average).abs().mean() < 2e-3, key
+        assert (moving[key] - average[:1]).abs().mean() < 2e-3, key
