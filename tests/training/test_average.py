@@ -51,7 +51,7 @@ def test_average_is_that_of_the_parameters_after_each_step(dtype, unit):
 
 
 def by_expert(trainer):
-    """The averages of all experts' weights by layer and logical expert: of each replica, stacked."""
+    """Averages of experts by weight and logical expert, those of all its replicas stacked."""
     found: dict[tuple[str, int], list[torch.Tensor]] = {}
     averages = trainer.average.ema.averages()
     for layer in trainer._moe_layers():
