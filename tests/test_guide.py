@@ -5,6 +5,7 @@ T tokens, H hidden.
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,14 @@ def train_as_the_guide_does(stage_source: str, run_source: str) -> tuple[float, 
     theirs = [p.grad for stage in stages for p in stage.parameters()]
     worst = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
     return worst, len(names["loss"])
+
+
+def test_the_guides_memory_example_runs() -> None:
+    (example,) = (text for text in blocks("pycon") if "saved_as" in text)
+    parsed = doctest.DocTestParser().get_doctest(example, {"torch": torch}, "guide", None, 0)
+    result = doctest.DocTestRunner().run(parsed, clear_globs=False)
+    assert (result.failed, result.attempted) == (0, 8)
+    assert parsed.globs["weight"].grad.shape == (256, 128)
 
 
 def test_the_guides_stage_trains_like_plain_autograd() -> None:

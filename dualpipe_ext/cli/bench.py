@@ -158,8 +158,14 @@ def ep(
         _report(rows, target, picture, _command(context), as_json=as_json)
 
 
-def _ranks(ranks: int | None, virtual_ranks: int | None, device: str) -> tuple[int, bool]:
-    """How many ranks, and whether they are virtual."""
+def _ranks(
+    ranks: int | None,
+    virtual_ranks: int | None,
+    device: str,
+    *,
+    small: str = "ep --device cpu --tokens 64 --hidden 256 --experts 16",
+) -> tuple[int, bool]:
+    """How many ranks, and whether they are virtual; ``small`` is what a CPU can run."""
     import os
 
     import torch
@@ -170,8 +176,7 @@ def _ranks(ranks: int | None, virtual_ranks: int | None, device: str) -> tuple[i
         raise ValueError(f"expected --device of {', '.join(_TRANSPORTS)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "expected a GPU, got none; to try it out on the CPU: dualpipe bench ep --device cpu "
-            "--tokens 64 --hidden 256 --experts 16"
+            f"expected a GPU, got none; to try it out on the CPU: dualpipe bench {small}"
         )
     for name, value in (("--ranks", ranks), ("--virtual-ranks", virtual_ranks)):
         if value is not None and value < 1:
@@ -228,6 +233,114 @@ def eplb(
     else:
         print_rows(rows)
         typer.echo(f"Wrote {target}")
+
+
+@app.command()
+def memory(
+    context: typer.Context,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes. [default: one per GPU; on a CPU 1]",
+            rich_help_panel=_RANKS,
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=_RANKS)
+    ] = "cuda",
+    layers: Annotated[int, typer.Option(help="Layers.", rich_help_panel=_SIZE)] = 2,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=_SIZE)
+    ] = 4096,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence. [default: all]", rich_help_panel=_SIZE, show_default=False
+        ),
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(help="Micro-batches kept at a time.", rich_help_panel=_SIZE)
+    ] = 4,
+    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=_SIZE)] = 7168,
+    experts: Annotated[
+        int, typer.Option(help="Experts over all ranks.", rich_help_panel=_SIZE)
+    ] = 64,
+    expert_hidden: Annotated[
+        int, typer.Option(help="Inner width of an expert.", rich_help_panel=_SIZE)
+    ] = 2048,
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=_SIZE)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32 or float64.", rich_help_panel=_SIZE)
+    ] = "bfloat16",
+    transport: Annotated[
+        str, typer.Option(help="How tokens reach their experts.", rich_help_panel=_RANKS)
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(help="Steps per level.", rich_help_panel=_WHAT)] = _ROUNDS,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append rows to this CSV file. "
+            "[default: benchmarks/results/memory.csv in the repository, else ./memory.csv]",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, no table.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Measure what each memory level saves and costs, against plain autograd (level 0)."""
+    from dualpipe_ext.bench import memory as bench
+    from dualpipe_ext.bench.ranks import start
+    from dualpipe_ext.bench.record import append, results_file
+    from dualpipe_ext.models import ModelConfig
+    from dualpipe_ext.training.config import DTYPES
+
+    num_ranks = _processes(ranks, device)
+    if dtype not in DTYPES:
+        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    options = bench.MemoryOptions(
+        model=ModelConfig(
+            hidden=hidden,
+            num_layers=layers,
+            num_heads=max(1, hidden // 128),
+            num_experts=experts,
+            top_k=top_k,
+            num_groups=1,
+            top_groups=1,
+            expert_hidden=expert_hidden,
+            shared_hidden=expert_hidden,
+        ),
+        tokens=tokens,
+        seq_len=tokens if seq_len is None else seq_len,
+        in_flight=in_flight,
+        dtype=DTYPES[dtype],
+        transport=transport,
+        rounds=rounds,
+    ).checked(num_ranks)
+    target = results_file("memory") if output is None else output
+    check_target(target)
+    rows = start(bench.run, num_ranks, options, virtual=False, device_type=device)
+    if rows is None:  # under torchrun, not the first rank
+        return
+    append(target, _command(context), rows)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        bench.print_rows(rows)
+        typer.echo(f"Wrote {target}")
+
+
+def _processes(ranks: int | None, device: str) -> int:
+    """How many ranks, each a process: by default all GPUs, and one on a CPU."""
+    if device == "cpu" and ranks is None:
+        ranks = 1
+    if device == "cuda" and ranks is None:
+        import torch
+
+        ranks = max(1, torch.cuda.device_count())
+    return _ranks(ranks, None, device, small="memory --device cpu --hidden 256 --tokens 64")[0]
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -57,6 +57,24 @@ def command(
             help="float32, bfloat16 or float64; by default bfloat16 on GPUs.", rich_help_panel=_RUN
         ),
     ] = None,
+    memory_level: Annotated[
+        int,
+        typer.Option(
+            help="Activations kept for the backward: 0 all, 1 recompute norms and SwiGLU, "
+            "2 also rows of experts in FP8, 3 also SwiGLU's inputs in FP8.",
+            rich_help_panel=_RUN,
+        ),
+    ] = 1,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of an average of the parameters on the CPU, as 0.999.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    ema_dtype: Annotated[
+        str, typer.Option(help="Of that average: float32 or bfloat16.", rich_help_panel=_RUN)
+    ] = "float32",
     schedule: Annotated[
         str,
         typer.Option(help="dualpipe, dualpipev, 1f1b, zb1p or zbv.", rich_help_panel=_PARALLEL),
@@ -122,7 +140,11 @@ def command(
     chunks = max(4, 2 * pp) if chunks is None else chunks
     config = TrainConfig(
         model=PRESETS[preset].with_overrides(
-            hidden=hidden, num_layers=layers, num_experts=experts, top_k=top_k
+            hidden=hidden,
+            num_layers=layers,
+            num_experts=experts,
+            top_k=top_k,
+            memory_level=memory_level,
         ),
         schedule=schedule.lower(),
         pp=pp,
@@ -137,6 +159,8 @@ def command(
         rebalance_every=rebalance_every,
         transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
         dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
+        ema=ema,
+        ema_dtype=ema_dtype,
         seed=seed,
         timeout_s=timeout_s,
     )

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.timeouts import check_timeout
 
 _POLL_S = 1e-3  # between two looks at a copy's event: far below the milliseconds a copy takes
+
+
+class StepHooks(Protocol):
+    """What :meth:`ParameterEMA.attach` needs of an optimizer; see ``torch.optim.Optimizer``."""
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> Any: ...
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> Any: ...
 
 
 class ParameterEMA:
@@ -100,8 +108,10 @@ class ParameterEMA:
         """Steps on which the last update was still under way."""
         return self._skipped
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, optimizer: StepHooks) -> None:
         """Update after each of the optimizer's steps, from hooks, until ``close``.
+
+        Takes a ``torch.optim.Optimizer``, or whatever else has its hooks around a step.
 
         The next step waits on the GPU, never on the host, until the copy has left: it has the whole
         forward and backward for that. Nothing but the optimizer may change the parameters.
@@ -183,6 +193,17 @@ class ParameterEMA:
         finally:
             _copy_into(parameters, own)
             self._swapped = False
+
+    def averages(self) -> dict[str, Tensor]:
+        """The average itself, by parameter name, after ``flush``.
+
+        Not a copy: until the next update it may be changed, as when parameters change their places.
+
+        Raises:
+            ValueError, DualPipeError: as ``flush``.
+        """
+        self.flush()
+        return self._average
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from, after ``flush``: decay, steps, average, random state. Copies.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from dualpipe_ext.ep.fp8 import BLOCK
+from dualpipe_ext.memory.levels import MemoryPlan
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -23,6 +26,8 @@ class ModelConfig:
         shared_hidden: inner width of the shared expert, which sees every token; 0 for none.
         route_scale: factor on the normalised routing weights (DeepSeek-V3: 2.5).
         rope_base: base of the rotary position embedding.
+        memory_level: which activations are kept for the backward, 0 (all) to 3 (fewest); see
+            :class:`dualpipe_ext.memory.MemoryPlan`. No size, and nothing of the parameters.
     """
 
     vocab_size: int = 256
@@ -37,11 +42,12 @@ class ModelConfig:
     shared_hidden: int = 128
     route_scale: float = 2.5
     rope_base: float = 10_000.0
+    memory_level: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and field.name != "shared_hidden":
+            if value <= 0 and field.name not in ("shared_hidden", "memory_level"):
                 raise ValueError(f"expected a positive {field.name}, got {value}")
         _expect_divides("num_heads", self.num_heads, "hidden", self.hidden)
         if (self.hidden // self.num_heads) % 2:
@@ -61,6 +67,21 @@ class ModelConfig:
                 f"expected top_k of at most {reachable} "
                 f"(the experts in {self.top_groups} groups), got {self.top_k}"
             )
+
+        self._check_memory_level()
+
+    def _check_memory_level(self) -> None:
+        plan = MemoryPlan.of_level(self.memory_level)
+        widths = {"hidden": self.hidden} if plan.fp8_rows else {}
+        if plan.fp8_swiglu:
+            widths["2 * expert_hidden"] = 2 * self.expert_hidden
+            widths["2 * shared_hidden"] = 2 * self.shared_hidden
+        for name, width in widths.items():
+            if width % BLOCK:
+                raise ValueError(
+                    f"expected {name} to be a multiple of {BLOCK} for memory_level "
+                    f"{self.memory_level}, which keeps it in FP8, got {width}"
+                )
 
     def with_overrides(self, **overrides: Any) -> ModelConfig:
         """A copy in which every override that is not ``None`` replaces the preset's value."""

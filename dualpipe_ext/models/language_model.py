@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext.ep import Buffer
+from dualpipe_ext.memory import MemoryPlan
 from dualpipe_ext.models.config import ModelConfig
+from dualpipe_ext.models.layers import RMSNorm
 from dualpipe_ext.models.moe import Experts, MoELayer
 from dualpipe_ext.pipeline.overlap import Phase
+from dualpipe_ext.pipeline.weight_grad import linear
 
 
 class LanguageModelStage(nn.Module):
@@ -30,6 +33,7 @@ class LanguageModelStage(nn.Module):
         self, config: ModelConfig, layers: range, *, buffer: Buffer, replica_offset: int = 0
     ) -> None:
         super().__init__()
+        self.memory = MemoryPlan.of_level(config.memory_level)
         self.embedding = None
         if layers.start == 0:
             self.embedding = nn.Embedding(config.vocab_size, config.hidden)
@@ -41,7 +45,7 @@ class LanguageModelStage(nn.Module):
         )
         self.norm = self.head = None
         if layers.stop == config.num_layers:
-            self.norm = nn.RMSNorm(config.hidden, eps=1e-6)
+            self.norm = RMSNorm(config.hidden)
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
 
     def is_expert(self, name: str) -> bool:
@@ -59,7 +63,8 @@ class LanguageModelStage(nn.Module):
         return phases
 
     def _head(self, x: Tensor) -> tuple[Tensor]:
-        return (self.head(self.norm(x)),)
+        kept = self.norm.kept(x, self.memory)
+        return (linear(self.norm(x), self.head.weight, kept=kept),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Token ids int64 [N, L] (first stage) or activations [N, L, H] -> activations [N, L, H]

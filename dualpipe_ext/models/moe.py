@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext.ep import Buffer
-from dualpipe_ext.kernels.swiglu import swiglu
+from dualpipe_ext.memory import MemoryPlan, in_fp8, saved_as
 from dualpipe_ext.models.config import ModelConfig
-from dualpipe_ext.models.layers import Attention, SharedExpert
+from dualpipe_ext.models.layers import Attention, RMSNorm, SharedExpert, kept_swiglu
 from dualpipe_ext.models.router import Router
 from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.weight_grad import grouped_linear
@@ -26,14 +26,26 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, *, num_local_slots: int) -> None:
         super().__init__()
         hidden, inner = config.hidden, config.expert_hidden
+        self.memory = MemoryPlan.of_level(config.memory_level)
         self.gate_up = nn.Parameter(torch.empty(num_local_slots, hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(num_local_slots, inner, hidden))
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """``rows`` [M, H] grouped by slot, ``offsets`` int32 [S/R] cumulative ends -> [M, H]."""
-        return grouped_linear(
-            swiglu(grouped_linear(rows, self.gate_up, offsets)), self.down, offsets
-        )
+    def forward(self, rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Each slot's expert on its rows.
+
+        Args:
+            rows: [M, H], grouped by slot.
+            offsets: int32 [S/R], the END row of each slot.
+            weights: [M], factors of the results, or None.
+
+        Returns:
+            [M, H].
+        """
+        keeps_fp8 = self.memory.fp8_rows and torch.is_grad_enabled()
+        kept_rows = in_fp8(rows) if keeps_fp8 else None
+        gate_up = grouped_linear(rows, self.gate_up, offsets, kept=kept_rows)
+        activated, kept_activated = kept_swiglu(gate_up, weights, self.memory)
+        return grouped_linear(activated, self.down, offsets, kept=kept_activated)
 
 
 class MoELayer(nn.Module):
@@ -47,9 +59,10 @@ class MoELayer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, buffer: Buffer, replica_offset: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden, eps=1e-6)
+        self.memory = MemoryPlan.of_level(config.memory_level)
+        self.attention_norm = RMSNorm(config.hidden)
         self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.hidden, eps=1e-6)
+        self.moe_norm = RMSNorm(config.hidden)
         self.router = Router(config)
         self.experts = Experts(config, num_local_slots=buffer.config.num_local_experts)
         self.shared_expert = SharedExpert(config) if config.shared_hidden else None
@@ -82,18 +95,20 @@ class MoELayer(nn.Module):
         return state[0]
 
     def _attention(self, x: Tensor) -> tuple[Any, ...]:
-        x = x + self.attention(self.attention_norm(x))
+        kept = self.attention_norm.kept(x, self.memory)
+        x = x + self.attention(self.attention_norm(x), kept=kept)
         normed = self.moe_norm(x).flatten(0, 1)  # [T, H]
         # A forward that a checkpoint repeats within a backward routes the same tokens again.
         count = self.training and not _in_backward()
-        routing = self.router(
-            normed,
-            log2phy=self.log2phy,
-            logcnt=self.logcnt,
-            replica_offset=self.replica_offset,
-            split=self.replica_split,
-            counts=self.counts if count else None,
-        )
+        with saved_as(normed, self.moe_norm.kept(x.flatten(0, 1), self.memory)):
+            routing = self.router(
+                normed,
+                log2phy=self.log2phy,
+                logcnt=self.logcnt,
+                replica_offset=self.replica_offset,
+                split=self.replica_split,
+                counts=self.counts if count else None,
+            )
         return x, normed, routing.slot_idx, routing.topk_weights
 
     def _dispatch(
@@ -105,13 +120,19 @@ class MoELayer(nn.Module):
     def _experts(
         self, x: Tensor, normed: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, handle: Any
     ) -> tuple[Any, ...]:
-        out = self.experts(rows, offsets)
+        if self.memory.weighted_experts:
+            out, weights = self.experts(rows, offsets, weights), None
+        else:
+            out = self.experts(rows, offsets)
         if self.shared_expert is not None:
             # Here and not in the attention phase: compute that can hide the other half's dispatch.
-            x = x + self.shared_expert(normed).view_as(x)
+            kept = self.moe_norm.kept(x, self.memory)
+            x = x + self.shared_expert(normed, kept=kept).view_as(x)
         return x, out, weights, handle
 
-    def _combine(self, x: Tensor, out: Tensor, weights: Tensor, handle: Any) -> tuple[Any, ...]:
+    def _combine(
+        self, x: Tensor, out: Tensor, weights: Tensor | None, handle: Any
+    ) -> tuple[Any, ...]:
         routed, _ = self.buffer.combine(out, handle, weights=weights)
         return (x + routed.view_as(x),)
 

@@ -168,6 +168,11 @@ class Exchange:
         channel = self._outgoing[self._plan.stage_rank[message.stage - 1]]
         channel.send(tensors, f"the input gradients of {message}")
 
+    def release_sent(self) -> None:
+        """Let go of what has been sent by now, without waiting for the rest."""
+        for channel in self._outgoing.values():
+            channel.release_sent()
+
     def finish(self) -> None:
         """Wait until everything is sent."""
         for channel in self._outgoing.values():

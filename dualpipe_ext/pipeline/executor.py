@@ -95,6 +95,8 @@ class StepExecutor:
                 continue
             asked = self._mark()
             given = [self._gather(action) for action in actions]
+            # Memory for the action: what it was given may have come long after what was sent.
+            self._exchange.release_sent()
             start = self._mark()
             self._carry_out(actions, given)
             if self._stopwatch is not None:

@@ -5,15 +5,20 @@ theirs. Such a layer computes the gradient of its input at once; the gradient of
 into the store while :meth:`WeightGradStore.deferring` is active and computed at once otherwise.
 Biases and all other parameters get their gradients at once.
 
+The gradient of the weight is all that the input is kept for, so these layers can keep it in another
+form (``dualpipe_ext.memory.kept``), which they restore when they compute that gradient: in the
+backward, or in its W.
+
 Shapes: x [..., K], weight [N, K] for ``linear``; x [M, K], weight [G, K, N] for ``grouped_linear``
 (see ``dualpipe_ext.kernels.grouped_gemm``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dualpipe_ext.kernels.grouped_gemm import grouped_mm, grouped_mm_weight_grad
+
+if TYPE_CHECKING:
+    from dualpipe_ext.memory import Kept
 
 # Closures of the running input-only backward, or None. A module global and nothing thread-local:
 # for CUDA, autograd runs the backward on a thread of its own while the caller waits.
@@ -63,22 +71,57 @@ class WeightGradStore:
         self._closures.clear()
 
 
-def _weight_grad(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+def _weight_grad(
+    weight: Tensor, compute: Callable[[Tensor], Tensor], kept: _KeptInput, saved: Sequence[Tensor]
+) -> Tensor | None:
     """The gradient for autograd to take now, or None if it was deferred.
 
     A weight that is itself computed (not a leaf) is not deferred: autograd frees the graph that
     leads to it in this very backward.
+
+    Args:
+        compute: the gradient from the layer's input, which is restored from ``saved``.
     """
     if _deferred is None or not weight.is_leaf:
-        return compute()
+        return compute(kept.restore(saved))
+    restore = kept.waiting(saved)
 
     def accumulate() -> None:
         with torch.no_grad():
-            grad = compute()
+            grad = compute(restore())
         torch.autograd.backward((weight,), (grad,))
 
     _deferred.append(accumulate)
     return None
+
+
+class _KeptInput:
+    """The way back to a layer's input from the tensors that its node of the graph saved."""
+
+    __slots__ = ("_dtype", "_nbytes", "_restore", "_tensors")
+
+    def __init__(self, x: Tensor, kept: Kept | None) -> None:
+        """``x`` is what the layer multiplies; without ``kept`` it is kept as it is."""
+        self._tensors = (x,) if kept is None else kept.tensors
+        self._restore = None if kept is None else kept.restore
+        self._dtype, self._nbytes = x.dtype, x.nbytes
+
+    def take(self) -> tuple[Tensor, ...]:
+        """What is to be saved, which this forgets: the node outlives what it saved."""
+        tensors, self._tensors = self._tensors, ()
+        return tensors
+
+    def restore(self, saved: Sequence[Tensor]) -> Tensor:
+        x = saved[0] if self._restore is None else self._restore(*saved)
+        return x.to(self._dtype)
+
+    def waiting(self, saved: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """:meth:`restore` for later. What waits is the input itself if that takes less memory."""
+        # The largest, not the sum: parameters among them are there anyway.
+        if max(tensor.nbytes for tensor in saved) <= self._nbytes:
+            return partial(self.restore, saved)
+        x = self.restore(saved)
+        return lambda: x
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -92,50 +135,64 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        kept: Kept | None,
     ) -> Tensor:
         ctx.input_dtype = x.dtype
         # Saved tensors come back as copies under activation checkpointing; the gradient belongs to
         # the parameter itself.
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight)
+        ctx.kept = _KeptInput(x, kept)
+        ctx.save_for_backward(weight, *ctx.kept.take())
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        owner = ctx.weight
+        weight, *saved = ctx.saved_tensors
+        owner, kept = ctx.weight, ctx.kept
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(grad.dtype)).to(ctx.input_dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
 
-            def compute() -> Tensor:
+            def compute(x: Tensor) -> Tensor:
                 return (rows.t() @ x.reshape(-1, x.shape[-1])).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute)
+            grad_weight = _weight_grad(owner, compute, kept, saved)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        dtype: torch.dtype,
+        kept: Kept | None,
+    ) -> Tensor:
         ctx.input_dtype, ctx.weight = x.dtype, weight
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight, offsets)
+        ctx.kept = _KeptInput(x, kept)
+        ctx.save_for_backward(weight, offsets, *ctx.kept.take())
         return grouped_mm(x, weight.to(dtype), offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets = ctx.saved_tensors
-        owner = ctx.weight
+        weight, offsets, *saved = ctx.saved_tensors
+        owner, kept = ctx.weight, ctx.kept
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -143,28 +200,40 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x = grad_x.to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
 
-            def compute() -> Tensor:
+            def compute(x: Tensor) -> Tensor:
                 return grouped_mm_weight_grad(x, grad, offsets).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute)
-        return grad_x, grad_weight, None, None
+            grad_weight = _weight_grad(owner, compute, kept, saved)
+        return grad_x, grad_weight, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
     """``torch.nn.functional.linear`` whose weight gradient can be deferred.
 
     Args:
         x: [..., K].
-        weight: [N, K], dtype of ``x`` (any, under autocast).
+        weight: [N, K], dtype of ``x`` (any, under autocast or with ``dtype``).
         bias: [N] or None.
+        dtype: to compute in and to return, whatever the operands' and autocast's.
+        kept: keep ``x`` like this for the weight gradient; what it restores has as many values in
+            rows of K. By default ``x`` is kept, in the dtype it is computed in.
 
     Returns:
         [..., N], bit for bit what ``torch.nn.functional.linear`` gives.
     """
-    return _Linear.apply(x, weight, bias, _compute_dtype(x))
+    return _Linear.apply(x, weight, bias, dtype or _compute_dtype(x), kept)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, kept: Kept | None = None
+) -> Tensor:
     """A linear layer per group of rows, whose weight gradient can be deferred.
 
     Args:
@@ -172,6 +241,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         weight: [G, K, N], dtype of ``x`` (any, under autocast).
         offsets: int32 [G], the END row of each group; rows past the last one give zeros and get no
             gradient.
+        kept: keep ``x`` like this for the weight gradient; by default as it is.
 
     Returns:
         [M, N].
@@ -179,7 +249,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    return _GroupedLinear.apply(x, weight, offsets, _compute_dtype(x))
+    return _GroupedLinear.apply(x, weight, offsets, _compute_dtype(x), kept)
 
 
 class DeferrableLinear(nn.Linear):

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from dualpipe_ext.ep.registry import transport_names
+from dualpipe_ext.memory.ema import check_decay
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
 from dualpipe_ext.timeouts import MAX_TIMEOUT_S
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class TrainConfig:
         rebalance_every: steps between re-plannings of the experts' placement; 0 for never.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
+        ema: decay of the parameters' average on the CPU, above 0 and below 1; None for no average.
+        ema_dtype: of the average, "float32" or "bfloat16" (half the memory, rounded at random).
         seed: of the initialisation and the order of the data, 0 to 2**32 - 1.
         timeout_s: longest wait for another rank, in seconds.
     """
@@ -57,6 +61,8 @@ class TrainConfig:
     rebalance_every: int = 0
     transport: str = "auto"
     dtype: str = "float32"
+    ema: float | None = None
+    ema_dtype: str = "float32"
     seed: int = 0
     timeout_s: float = 120.0
 
@@ -75,6 +81,12 @@ class TrainConfig:
                 raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.ema is not None:
+            check_decay(self.ema)
+        if self.ema_dtype not in EMA_DTYPES:
+            raise ValueError(
+                f"expected an ema_dtype of {', '.join(EMA_DTYPES)}, got {self.ema_dtype!r}"
+            )
         if self.transport not in transport_names():
             raise ValueError(
                 f"expected transport to be one of {', '.join(transport_names())}, "
@@ -115,6 +127,8 @@ class TrainConfig:
     def layout(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed bit for bit."""
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
-        # transport; everything else decides what is in the checkpoint.
+        # transport or memory level; everything else decides what is in the checkpoint.
         free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every")
-        return {k: v for k, v in asdict(self).items() if k not in free}
+        layout = {k: v for k, v in asdict(self).items() if k not in free}
+        del layout["model"]["memory_level"]
+        return layout

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dualpipe_ext.eplb import slot_state
 
@@ -22,6 +24,9 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 
 
 class MasterAdamW:
@@ -47,11 +52,23 @@ class MasterAdamW:
             betas=(0.9, 0.95),
             eps=1e-8,
         )
+        self._before: OrderedDict[int, Hook] = OrderedDict()
+        self._after: OrderedDict[int, Hook] = OrderedDict()
+
+    def register_step_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before a step, as torch's optimizers do."""
+        return _register(self._before, hook)
+
+    def register_step_post_hook(self, hook: Hook) -> RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` once a step has changed the parameters."""
+        return _register(self._after, hook)
 
     @torch.no_grad()
     def step(self, lr: float, *, grad_scale: Tensor) -> None:
         """One update with every gradient times ``grad_scale`` (a scalar tensor); gradients are
         dropped afterwards."""
+        for hook in tuple(self._before.values()):
+            hook(self, (lr,), {"grad_scale": grad_scale})
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
@@ -65,6 +82,8 @@ class MasterAdamW:
             if master is not parameter:
                 parameter.copy_(master)
             master.grad = parameter.grad = None
+        for hook in tuple(self._after.values()):
+            hook(self, (lr,), {"grad_scale": grad_scale})
 
     def tensors_of(self, name: str) -> list[Tensor]:
         """Everything of the parameter's shape that belongs to it: itself, its master, its moments.
@@ -96,3 +115,9 @@ class MasterAdamW:
                 key: value.to(master.device if value.ndim else "cpu", copy=True)
                 for key, value in saved[name]["state"].items()
             }
+
+
+def _register(hooks: OrderedDict[int, Hook], hook: Hook) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

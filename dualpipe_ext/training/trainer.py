@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage, initialize, split_layers
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
+from dualpipe_ext.training.average import TrainingAverage
 from dualpipe_ext.training.config import DTYPES, TrainConfig
 from dualpipe_ext.training.data import ByteBatches
 from dualpipe_ext.training.experts import ExpertBalancer, LocalLayer
@@ -91,6 +93,15 @@ class Trainer:
             timeout_s=config.timeout_s,
             record=True,
         )
+        self.average: TrainingAverage | None = None
+        if config.ema is not None:
+            self.average = TrainingAverage(
+                config,
+                self.pipeline.stages,
+                self.optimizer,
+                self._moe_layers(),
+                group=self._ep_group,
+            )
         self._batches = ByteBatches(
             text, batch=config.batch, seq_len=config.seq_len, seed=config.seed
         )
@@ -163,7 +174,8 @@ class Trainer:
         self.steps_done += 1
         moved = 0
         if config.rebalance_every and self.steps_done % config.rebalance_every == 0:
-            moved = self.balancer.rebalance(self.optimizer)
+            with nullcontext() if self.average is None else self.average.following(self.balancer):
+                moved = self.balancer.rebalance(self.optimizer)
         return StepReport(
             step=self.steps_done,
             loss=float(loss),
@@ -258,8 +270,10 @@ class Trainer:
         return (total / len(self.plan.pipes)).sqrt()
 
     def close(self) -> None:
-        """Give up the connections to the other ranks of the pipeline."""
+        """Give up the connections to the other ranks of the pipeline, and end the average."""
         self.pipeline.close()
+        if self.average is not None:
+            self.average.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that the next steps depend on."""
@@ -269,6 +283,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "phy2log": self.balancer.placement.phy2log,
             "monitor": self.balancer.monitor.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -277,4 +292,6 @@ class Trainer:
         for stage, saved in zip(self.stages, state["stages"], strict=True):
             stage.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.steps_done = state["steps_done"]

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dualpipe_ext.cli.main import main
 
@@ -63,9 +64,30 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path: Path):
     assert losses(tmp_path / "straight") == straight
 
 
+def test_an_average_is_saved_and_resumed_and_the_memory_level_may_change(tmp_path: Path):
+    common = ["--layers=4", "--seq-len=16", "--pp=1", "--ep=2", "--ema=0.9", "--ema-dtype=bfloat16"]
+    done = dualpipe(*common, "--steps=2", "--memory-level=2", "--out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "run/checkpoints/step-00000002/rank-00001.pt"
+    saved = torch.load(file, weights_only=True)["ema"]
+    assert saved["steps"] == 2
+    assert {t.dtype for t in saved["average"].values()} == {torch.bfloat16}
+    again = dualpipe(*common, "--steps=3", "--memory-level=0", "--resume=run", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    file = tmp_path / "run/checkpoints/step-00000003/rank-00001.pt"
+    assert torch.load(file, weights_only=True)["ema"]["steps"] == 3
+    other = dualpipe(*common, "--steps=4", "--ema=0.5", "--resume=run", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "ema = 0.9 (this run: 0.5)" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--memory-level=4"], "expected a memory_level from 0 to 3, got 4"),
+        (["--memory-level=2", "--hidden=64"], "expected hidden to be a multiple of 128"),
+        (["--ema=1"], "expected decay above 0 and below 1, got 1.0"),
+        (["--ema-dtype=int8"], "expected an ema_dtype of float32, bfloat16, got 'int8'"),
         (["--pp=0"], "expected a positive pp, got 0"),
         (["--chunks=0"], "expected a positive num_chunks, got 0"),
         (["--batch=7"], "expected batch to be a multiple"),

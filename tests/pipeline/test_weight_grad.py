@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dualpipe_ext.memory import in_fp8, recomputed
 from dualpipe_ext.pipeline.weight_grad import (
     WeightGradStore,
     defer_weight_grads,
@@ -191,3 +194,95 @@ def test_grouped_linear(dtype, ends):
     store.run(0)
     assert torch.equal(w.grad, now[1])
     assert torch.equal(later[0], now[0])
+
+
+class Counted:
+    """A function that says how often it was called, and when."""
+
+    def __init__(self, fn):
+        self.fn, self.calls = fn, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.fn(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_computed_again_gives_the_same_bits(dtype):
+    base, w, b = _leaves(dtype, (2, 6, 5), (4, 5), (4,))
+    fn = Counted(torch.tanh)
+
+    def layer(keep):
+        x = torch.tanh(base)
+        return linear(x, w, b, kept=recomputed(fn, base) if keep else None)
+
+    expected = _grads(lambda: layer(False), base, w, b)
+    assert fn.calls == 0
+    for got, want in zip(_grads(lambda: layer(True), base, w, b), expected, strict=True):
+        assert torch.equal(got, want)
+    assert fn.calls == 1
+    # Not needed for the gradient of the input alone.
+    w.requires_grad_(False)
+    layer(True).sum().backward()
+    assert fn.calls == 1
+
+
+@pytest.mark.parametrize(("narrow", "waits"), [(False, True), (True, False)])
+def test_what_waits_for_its_w_is_the_smaller(narrow, waits):
+    base, w = _leaves(torch.float64, (6, 8 if narrow else 4), (3, 4))
+    fn = Counted(lambda t: t[:, :4].tanh())
+    store = WeightGradStore()
+    x = base[:, :4].tanh()
+    y = linear(x, w, kept=recomputed(fn, base))
+    with store.deferring(0):
+        y.sum().backward()
+    # From 4 values of a row the input is restored in its W; it is smaller than 8, and so waits.
+    assert fn.calls == (0 if waits else 1)
+    store.run(0)
+    assert fn.calls == 1
+    expected = torch.ones(6, 3, dtype=torch.float64).t() @ x.detach()
+    torch.testing.assert_close(w.grad, expected)
+
+
+def test_what_is_kept_dies_with_the_backward():
+    base, w = _leaves(torch.float64, (6, 4), (3, 4))
+    h = base * 2
+    y = linear(h.tanh(), w, kept=recomputed(torch.tanh, h))
+    storage = weakref.ref(h.untyped_storage())
+    del h
+    gc.collect()
+    assert storage() is not None
+    y.sum().backward()
+    gc.collect()
+    assert storage() is None, "y is still there, but its graph needs nothing any more"
+
+
+def test_fp8_input_only_touches_the_weight_gradient():
+    x, w = _leaves(torch.float64, (9, 128), (3, 128, 5))
+    offsets = torch.tensor([4, 4, 9], dtype=torch.int32)
+    exact = _grads(lambda: grouped_linear(x, w, offsets), x, w)
+    found = _grads(lambda: grouped_linear(x, w, offsets, kept=in_fp8(x)), x, w)
+    assert torch.equal(found[0], exact[0])
+    # |x^ - x| as in_fp8 promises it, summed up over the rows of a group with the gradient's
+    # magnitude.
+    amax = x.detach().abs().amax(1, keepdim=True)
+    error = 2.0**-4 * x.detach().abs() + 2.0**-10 * amax / 448 + 2.0**-21 * amax
+    grad = 2 * grouped_linear(x, w, offsets).detach().abs()
+    for group, (start, end) in enumerate([(0, 4), (4, 4), (4, 9)]):
+        bound = error[start:end].t() @ grad[start:end]
+        assert ((found[1][group] - exact[1][group]).abs() <= bound).all()
+    assert not torch.equal(found[1], exact[1])
+
+
+def test_computing_in_another_dtype():
+    x, w = _leaves(torch.bfloat16, (6, 5), (4, 5))
+    y = linear(x, w, dtype=torch.float32)
+    assert torch.equal(y, F.linear(x.float(), w.float()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, w, dtype=torch.float32).dtype == torch.float32
+    plain = _grads(lambda: linear(x, w, dtype=torch.float32), x, w)
+    again = recomputed(lambda t: t, x)  # kept in bfloat16, half of what plain keeps
+    kept = _grads(lambda: linear(x, w, dtype=torch.float32, kept=again), x, w)
+    for got, want in zip(kept, plain, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, want)

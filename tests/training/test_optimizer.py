@@ -93,3 +93,30 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth():
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.2)
     assert learning_rate(500, peak=2.0, warmup=10, steps=100) == pytest.approx(0.2)
+
+
+def test_hooks_run_around_a_step():
+    params = parameters(torch.bfloat16)
+    optimizer = MasterAdamW(params, weight_decay=0.0)
+    seen = []
+
+    def note(what):
+        return lambda opt, args, kwargs: seen.append((what, params["w"].detach().clone()))
+
+    handles = [
+        optimizer.register_step_pre_hook(note("before")),
+        optimizer.register_step_post_hook(note("after")),
+    ]
+    start = params["w"].detach().clone()
+    set_grads(params, 0)
+    optimizer.step(0.1, grad_scale=torch.tensor(1.0))
+    assert [what for what, _ in seen] == ["before", "after"]
+    assert torch.equal(seen[0][1], start)
+    # After the masters have been rounded into the parameters.
+    assert torch.equal(seen[1][1], params["w"])
+    assert not torch.equal(params["w"], start)
+    for handle in handles:
+        handle.remove()
+    set_grads(params, 1)
+    optimizer.step(0.1, grad_scale=torch.tensor(1.0))
+    assert len(seen) == 2

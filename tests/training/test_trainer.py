@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_ext.launch import run_ranks
+from dualpipe_ext.memory import MAX_LEVEL
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.training import TrainConfig, Trainer
 from dualpipe_ext.training.data import load_text
@@ -60,7 +61,24 @@ def test_ranks_train_as_one_process_does(one_process, changes):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+WIDE = replace(
+    CONFIG, model=replace(MODEL, hidden=128, expert_hidden=64, shared_hidden=64), steps=6
+)
+
+
+def test_memory_levels_train_alike():
+    runs = [
+        train(replace(WIDE, model=replace(WIDE.model, memory_level=level)), 6)
+        for level in range(MAX_LEVEL + 1)
+    ]
+    assert runs[1] == runs[0]  # the same bits
+    for level in (2, 3):
+        assert runs[level] != runs[0]
+        assert runs[level] == pytest.approx(runs[0], abs=0.02)
+        assert runs[level][-1] < runs[level][0] - 0.3
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("float64", 1e-12)])
 def test_a_longer_run_stays_with_one_process(dtype, bound):
     # With replicas that move and with a bias that does. float64 shows that what is left in float32
     # is rounding (which at some step decides a routing choice: see docs/LOG.md).
