@@ -109,7 +109,7 @@ def saved(dtype: torch.dtype) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_what_is_kept_is_what_was_predicted(dtype):
     found = on_one_rank(partial(saved, dtype))
     for level, count in zip(LEVELS, found, strict=True):
