@@ -203,12 +203,13 @@ def _planners(case: Case, loads: Tensor) -> dict[str, Timed]:
         rebalance_experts(on_gpu, *case.sizes)
         torch.cuda.synchronize()
 
-    graph, planned = _captured(plans)
+    graph = _captured(plans)
+    planned = graph.written
     width = placement.log2phy.shape[2]
     _compare({"the graph": (planned[0], planned[1][..., :width], planned[2])}, maps)
-    split_graph, (weights,) = _captured(splits)
+    split_graph = _captured(splits)
     want = split_replicas(loads, placement, case.gpus).weights
-    torch.testing.assert_close(weights.cpu(), want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(split_graph.written[0].cpu(), want, rtol=0, atol=1e-3)
     return {
         "kernel": lambda: _on_gpu(graph.replay) / _CALLS,
         "eager": lambda: _on_gpu(plans) / _CALLS,
@@ -218,10 +219,22 @@ def _planners(case: Case, loads: Tensor) -> dict[str, Timed]:
     }
 
 
-def _captured(
-    calls: Callable[[], tuple[Tensor, ...]],
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of ``calls``, replayed once, and the tensors that it writes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """Calls in a graph."""
+
+    graph: torch.cuda.CUDAGraph
+    written: tuple[Tensor, ...]
+    """What the calls returned; every replay writes it again."""
+    calls: Callable[[], object]
+    """Kept for what they read: a graph knows only addresses."""
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def _captured(calls: Callable[[], tuple[Tensor, ...]]) -> _Captured:
+    """A graph of ``calls``, replayed once."""
     with _no_wait():
         calls()  # loads kernels, which a capture must not
     torch.cuda.synchronize()
@@ -232,7 +245,7 @@ def _captured(
         tensor.zero_()  # so that what is there afterwards is the replay's
     graph.replay()
     torch.cuda.synchronize()
-    return graph, written
+    return _Captured(graph, written, calls)
 
 
 def _time(planners: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
