@@ -121,7 +121,59 @@ def drift() -> str:
     )
 
 
-TABLES = {"eplb": eplb, "drift": drift}
+_EP_CASES = {
+    "dispatch-bf16-buffer": "dispatch BF16, left in the buffer",
+    "dispatch-bf16-token": "dispatch BF16, by token",
+    "dispatch-bf16-expert": "dispatch BF16, by expert",
+    "dispatch-fp8-buffer": "dispatch to FP8, left in the buffer",
+    "dispatch-fp8-token": "dispatch to FP8, by token",
+    "dispatch-fp8-expert": "dispatch to FP8, by expert",
+    "dispatch-quantised-token": "dispatch of FP8, by token",
+    "combine-token": "combine BF16, by token",
+    "combine-expert": "combine BF16, by expert",
+}
+
+
+def ep() -> str:
+    """Whole calls by case, for each number of SMs and each other way to move rows."""
+    shape = ("ranks", "virtual", "tokens", "hidden", "experts", "top_k")
+    rows = rows_of("ep", (*shape, "case", "transport", "num_sms"))
+    rows = [row for row in rows if row["status"] == "ok" and row["virtual"] == "False"]
+    found = {(row["case"], row["transport"], row["num_sms"]): row for row in rows}
+    cases = [row for row in rows if row["case"] in _EP_CASES]
+    cases = list({row["case"]: row for row in cases}.values())
+
+    def time(transport: str, sms: str = "") -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            one = found.get((row["case"], transport, sms))
+            return f"{float(one['us_p50']):.0f}" if one else ""
+
+        return cell
+
+    def sm_time(row: Row) -> str:
+        one = found.get((row["case"], "nvlink", "24"))
+        return f"{float(one['sm_us']) / 1000:.1f}" if one and one["sm_us"] else ""
+
+    sms = sorted({int(row["num_sms"]) for row in rows if row["num_sms"]})
+    columns = {
+        "us a call": lambda row: _EP_CASES[row["case"]],
+        **{f"{n} SMs": time("nvlink", str(n)) for n in sms},
+        "SM ms, 24 SMs": sm_time,
+        "copy engines": time("copy_engine"),
+        "NCCL": time("nccl-per-rank"),
+        "NCCL, row per expert": time("nccl-per-expert"),
+    }
+    first = rows[0]
+    return (
+        f"{markdown(cases, columns)}\n"
+        f"*{first['ranks']} ranks of {first['tokens']} tokens x {first['hidden']}, "
+        f"{first['experts']} experts, top-{first['top_k']}, random routing that is known; whole "
+        "calls from Python, routing weights and quantisation included, median of "
+        f"{first['rounds']} rounds of {first['calls']} calls, slowest rank. On {source(rows)}*\n"
+    )
+
+
+TABLES = {"ep": ep, "eplb": eplb, "drift": drift}
 
 
 def filled(readme: str) -> str:

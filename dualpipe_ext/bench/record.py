@@ -96,11 +96,15 @@ _CIRCUMSTANCES = ("date", "commit", "gpu", "num_gpus", "driver", "cpu_cores", "t
 
 
 def circumstances() -> dict[str, object]:
-    """When and on what this process runs: the first columns of every row."""
+    """When and on what this process runs: the first columns of every row.
+
+    The commit is git's, or what ``DUALPIPE_COMMIT`` says where a tree was copied without its
+    history.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     values = (
         datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        _output("git", "describe", "--always", "--dirty"),
+        os.environ.get("DUALPIPE_COMMIT") or _output("git", "describe", "--always", "--dirty"),
         gpu,
         torch.cuda.device_count(),
         _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

@@ -226,8 +226,11 @@ def eplb(
 
     target = results_file("eplb") if output is None else output
     check_target(target)
-    rows = [measure(case, rounds=rounds, balance=balance) for case in CASES]
-    append(target, _command(context), rows)
+    rows = []
+    for case in CASES:
+        rows.append(measure(case, rounds=rounds, balance=balance))
+        # At once: what has been measured is not lost with a later case.
+        append(target, _command(context), rows[-1:])
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
