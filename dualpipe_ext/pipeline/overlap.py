@@ -10,8 +10,8 @@ their composition. A phase's ``fn`` takes the state as positional arguments and 
 state, a tuple of tensors and arbitrary objects. Tensors that carry gradients must be items of the
 state themselves, not hidden in such objects.
 
-Memory on CUDA: tensors that cross between the two streams are marked with ``record_stream``, so the
-caching allocator reuses their memory only when both are done with it.
+Memory on CUDA: what crosses between the two streams is kept alive until the stream that it was made
+on has waited for its last use (``stream_memory.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
+from dualpipe_ext.pipeline.stream_memory import StreamMemory
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 
 
@@ -107,11 +108,12 @@ def _runs(phases: Sequence[Phase], indices: range) -> deque[tuple[str, list[int]
 class _Chain:
     """Launches that depend on each other: the forward, or the backward, of one chunk."""
 
-    __slots__ = ("event", "stream")
+    __slots__ = ("event", "number", "stream")
 
     def __init__(self) -> None:
         self.stream: Any = None
         self.event: Any = None
+        self.number = 0  # of the event among those that the launcher has recorded
 
 
 class Launcher:
@@ -131,13 +133,14 @@ class Launcher:
         self._on_launch = on_launch
         # High priority: a communication kernel that starts late is a kernel nothing hides.
         self._comm = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._memory = StreamMemory()
+        self._num_events = 0
 
     def start(self) -> _Chain:
         """A chain that begins with what the current stream has produced so far."""
         chain = _Chain()
         if self._comm is not None:
-            chain.stream = torch.cuda.current_stream(self._device)
-            chain.event = chain.stream.record_event()
+            self._record(chain, torch.cuda.current_stream(self._device))
         return chain
 
     @contextmanager
@@ -154,7 +157,7 @@ class Launcher:
         self._follow(chain, stream, tensors)
         with torch.cuda.stream(stream):
             yield
-        chain.event, chain.stream = stream.record_event(), stream
+        self._record(chain, stream)
 
     def on_stream_of(self, phase: Phase) -> AbstractContextManager[Any]:
         """Make the phase's stream current; nothing may be computed inside."""
@@ -168,13 +171,26 @@ class Launcher:
         if self._comm is not None:
             self._follow(chain, torch.cuda.current_stream(self._device), tensors)
 
+    def settle(self) -> None:
+        """After a step: order the streams after each other, and let go of what only they used."""
+        if self._comm is None:
+            return
+        ends = self.start(), _Chain()
+        self._record(ends[1], self._comm)
+        self._follow(ends[0], self._comm, ())
+        self._follow(ends[1], ends[0].stream, ())
+
+    def _record(self, chain: _Chain, stream: Any) -> None:
+        self._num_events += 1
+        chain.event, chain.stream, chain.number = stream.record_event(), stream, self._num_events
+        self._memory.recorded(stream, chain.number)
+
     def _follow(self, chain: _Chain, stream: Any, tensors: Sequence[Any]) -> None:
         if stream == chain.stream:
             return
         stream.wait_event(chain.event)
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                tensor.record_stream(stream)
+        self._memory.waited(stream, chain.stream, chain.number)
+        self._memory.crossed(tensors, made_on=chain.stream, user=stream)
 
 
 class ChunkGraph:

@@ -132,9 +132,9 @@ class Pipeline(nn.Module):
                 f"expected {len(ids)} stage{'s' * (len(ids) > 1)} per rank for {layout.kind}, "
                 f"got {len(self.stages)}"
             )
-        launcher = Launcher(self._device, on_launch)
+        self._launcher = Launcher(self._device, on_launch)
         self._local = {
-            stage: LocalStage(module, launcher, self._store)
+            stage: LocalStage(module, self._launcher, self._store)
             for stage, module in zip(ids, self.stages, strict=True)
         }
         self._connect(layout, group, timeout_s)
@@ -228,6 +228,7 @@ class Pipeline(nn.Module):
             if any(batch.needs_grad):
                 grads = [batch.input_grads[chunk] for chunk in sorted(batch.input_grads)]
                 microbatch.backward_inputs(inputs, grads, self.batch_dim)
+            self._launcher.settle()
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             self._store.clear()
