@@ -23,7 +23,7 @@ CXX_FILES := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name 
 .DEFAULT_GOAL := help
 # Half an environment is none.
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format gpu-test sanitize bench doctor clean distclean
+.PHONY: help train test lint format gpu-test sanitize gpu-bench bench doctor clean distclean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ gpu-test:  ## Run the GPU tests with the torch of PYTHON; downloads nothing
 
 sanitize:  ## Run the CUDA core's tests under compute-sanitizer
 	tools/gpu_test.sh sanitize
+
+gpu-bench:  ## Run every benchmark on GPUs with the torch of PYTHON; rows go to build/gpu
+	tools/gpu_test.sh bench
 
 bench: $(VENV)/.installed  ## Run every benchmark; rows go to benchmarks/results
 	@set -- benchmarks/*.py; \

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Tests on GPUs, with a Python that already has a CUDA build of torch. Downloads nothing.
+# Tests and benchmarks on GPUs, with a Python that already has a CUDA build of torch. Downloads
+# nothing.
 #
 #   tools/gpu_test.sh              build, then the gpu tests, and the multi_gpu ones if there are two
-#   tools/gpu_test.sh sanitize     build, then the CUDA core's tests under compute-sanitizer
+#   tools/gpu_test.sh sanitize     build, then kernels under compute-sanitizer, on one GPU
+#   tools/gpu_test.sh bench        build, then every `dualpipe bench`; rows into $OUT
 #
-# PYTHON  the Python with torch (python3)       OUT  folder of the logs (build/gpu)
+# PYTHON           the Python with torch (python3)
+# OUT              folder of the logs (build/gpu)
+# DUALPIPE_COMMIT  what the rows of a benchmark shall call this tree, if it came without its history
+# PREBUILT=1       take the CUDA core that lies in dualpipe_ext/ already, and build nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,6 +17,9 @@ base=${PYTHON:-python3}
 out=${OUT:-build/gpu}
 venv=build/gpu-venv
 mkdir -p "$out"
+
+# Multicast over NVLink is not used by anything here; some hosts do not stand it.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 
 # Some images name a compiler that links libstdc++ statically into extensions; two copies of it in
 # one process crash in std::regex and locale code.
@@ -29,36 +37,104 @@ fi
 python=$PWD/$venv/bin/python
 "$base" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
   >"$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/base.pth"
-DUALPIPE_CUDA=1 "$base" -m pip --python "$python" --disable-pip-version-check install --quiet \
+build=1
+[[ -n ${PREBUILT:-} ]] && build=0
+DUALPIPE_CUDA=$build "$base" -m pip --python "$python" --disable-pip-version-check install --quiet \
   --no-build-isolation --no-deps --no-index -e . 2>&1 | tee "$out/build.log"
 "$python" -m dualpipe_ext doctor 2>&1 | tee "$out/doctor.log"
 
+status=0
 run() {  # run NAME COMMAND...: its output also goes to NAME.log
   local name=$1
   shift
-  "$@" 2>&1 | tee "$out/$name.log"
+  "$@" 2>&1 | tee "$out/$name.log" || status=1
 }
 
-status=0
-if [[ ${1:-test} == sanitize ]]; then
+# together NAME COMMAND... [-- NAME COMMAND...]...: all at once, each into its log, and a line about
+# each at the end. Commands that share a GPU are slower, and right all the same.
+together() {
+  local -a names=() pids=()
+  while (($#)); do
+    local name=$1 command=()
+    shift
+    while (($#)) && [[ $1 != -- ]]; do
+      command+=("$1")
+      shift
+    done
+    (($#)) && shift
+    "${command[@]}" >"$out/$name.log" 2>&1 &
+    names+=("$name") pids+=($!)
+  done
+  for i in "${!pids[@]}"; do
+    if wait "${pids[$i]}"; then
+      echo "${names[$i]}: passed"
+    else
+      status=1
+      echo "${names[$i]}: failed, see $out/${names[$i]}.log"
+      grep -E '^(FAILED|ERROR)' "$out/${names[$i]}.log" || tail -5 "$out/${names[$i]}.log"
+    fi
+  done
+}
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+pytest=("$python" -m pytest -p no:cacheprovider -rs --tb=short)
+transports=tests/ep/test_transports.py
+
+tests() {
+  local -a on=()
+  for i in 0 1 2; do on[i]="CUDA_VISIBLE_DEVICES=$((i % gpus))"; done
+  local gpu=("${pytest[@]}" -m gpu)
+  together \
+    gpu-virtual-1-2 env "${on[0]}" "${gpu[@]}" $transports -k "virtual-1 or virtual-2" -- \
+    gpu-virtual-more env "${on[1]}" "${gpu[@]}" $transports -k "not virtual-1 and not virtual-2" -- \
+    gpu-calls env "${on[2]}" "${gpu[@]}" tests/gpu/test_ep.py -- \
+    gpu-planner env "${on[0]}" "${gpu[@]}" tests/gpu/test_eplb_planner.py tests/gpu/test_core.py -- \
+    gpu-others env "${on[1]}" "${gpu[@]}" tests --ignore $transports --ignore tests/gpu/test_ep.py \
+    --ignore tests/gpu/test_eplb_planner.py --ignore tests/gpu/test_core.py
+  if ((gpus < 2)); then return; fi
+  local multi=("${pytest[@]}" -m multi_gpu)
+  together \
+    multi-nvlink "${multi[@]}" $transports -k "nvlink-" -- \
+    multi-copy-engine "${multi[@]}" $transports -k "copy_engine-" -- \
+    multi-nccl "${multi[@]}" $transports -k "nccl-"
+  # One at a time: they watch time-outs and what overlaps.
+  run multi-others "${multi[@]}" tests --ignore $transports
+}
+
+sanitize() {
   # A plan by node, one in pairs, one with 16 GPUs to a lane: every path of the planner.
-  planner=tests/gpu/test_eplb_planner.py
-  plans=("$planner::test_replica_ranks")
+  local planner=tests/gpu/test_eplb_planner.py
+  local plans=("$planner::test_replica_ranks")
   for sizes in 256-sizes1 160-sizes5; do
     plans+=("$planner::test_real_shapes_and_limits[$sizes-lognormal]")
   done
-  for tool in memcheck racecheck; do
-    run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -p no:cacheprovider tests/gpu/test_core.py "${plans[@]}" || status=1
-    # Two virtual ranks: one launch acts for both, so the sanitizer sees all that they do.
-    run "$tool-ep" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -p no:cacheprovider -m gpu tests/ep/test_transports.py \
-      -k "(test_forward or test_mistakes or test_sizes) and virtual-2" || status=1
-  done
-else
-  run gpu "$python" -m pytest -p no:cacheprovider -rs -m gpu tests || status=1
-  if ((gpus >= 2)); then
-    run multi_gpu "$python" -m pytest -p no:cacheprovider -rs -m multi_gpu tests || status=1
-  fi
-fi
+  local tool=(compute-sanitizer --error-exitcode 9 --target-processes all --tool)
+  # Two virtual ranks: one launch acts for both, so the sanitizer sees all that they do.
+  local ranks=("${pytest[@]}" -m gpu $transports -k)
+  together \
+    memcheck "${tool[@]}" memcheck "${pytest[@]}" tests/gpu/test_core.py "${plans[@]}" -- \
+    racecheck "${tool[@]}" racecheck "${pytest[@]}" tests/gpu/test_core.py "${plans[@]}" -- \
+    memcheck-ep "${tool[@]}" memcheck "${ranks[@]}" "(test_forward or test_sizes) and virtual-2" -- \
+    memcheck-mistakes "${tool[@]}" memcheck "${ranks[@]}" "test_mistakes and virtual-2" -- \
+    racecheck-ep "${tool[@]}" racecheck "${ranks[@]}" "test_sizes and virtual-2"
+  grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$out"/*check*.log
+}
+
+bench() {  # one after the other: they measure
+  local dualpipe=("$python" -m dualpipe_ext bench)
+  run bench-ep "${dualpipe[@]}" ep --sms 8,16,24,64,128 --output "$out/ep.csv" \
+    --picture "$out/ep.png"
+  run bench-eplb "${dualpipe[@]}" eplb --output "$out/eplb.csv"
+  run bench-memory "${dualpipe[@]}" memory --output "$out/memory.csv"
+}
+
+case ${1:-test} in
+  test) tests ;;
+  sanitize) sanitize ;;
+  bench) bench ;;
+  *)
+    echo "expected test, sanitize or bench, got $1" >&2
+    exit 2
+    ;;
+esac
 exit $status
