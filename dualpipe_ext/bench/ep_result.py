@@ -60,6 +60,10 @@ class EpRow:
     """SM microseconds of all kernels of a call, see ``dualpipe_ext.bench.sm_time``."""
     most_sms: int | None = None
     """SMs of the kernel that takes most of them."""
+    copy_gb_s: float | None = None
+    """Copy engines: GB/s on the wire while they move rows."""
+    pack_us: float | None = None
+    """Copy engines: the kernel before the copies."""
     gemm_us: float | None = None
     """A GEMM alone, see ``dualpipe_ext.bench.beside_gemm``."""
     gemm_slow_down: float | None = None

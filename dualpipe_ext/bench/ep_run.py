@@ -323,7 +323,11 @@ class _Run:
                 row.reason = f"no SM time: {problem}"
             return
         for name, seen in found.items():
-            good[name].sm_us, good[name].most_sms = round(seen.sm_us, 1), seen.most_sms
+            row = good[name]
+            row.sm_us, row.most_sms = round(seen.sm_us, 1), seen.most_sms
+            if seen.copy_gb_s:
+                row.copy_gb_s = float(f"{seen.copy_gb_s:.4g}")
+                row.pack_us = round(seen.pack_us, 1)
 
     def _peer_copy(self) -> None:
         variant = Variant("copy_")

@@ -1,8 +1,11 @@
-"""How much of the GPU's SMs a call takes: SM time, from the torch profiler.
+"""How much of the GPU's SMs a call takes, and how fast its copies are: from the torch profiler.
 
 SM time of a call is the sum over its kernels of duration x SMs occupied, in SM microseconds; a
 kernel occupies as many SMs as it has CTAs, at most all. Waiting for other ranks inside a kernel is
 part of it: the SM is taken. Copies and memsets are done by copy engines and count nothing.
+
+The rate of copies is the bytes of all large copies between GPUs over the time in which at least one
+of them is under way.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ _CALLS = 5
 _PREFIX = "dualpipe bench: "
 # GPU and host clocks of a trace agree to some microseconds: keep the cases further apart.
 _APART_S = 1e-3
+# Smaller copies carry flags and numbers.
+_LARGE_COPY = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,15 @@ class SmTime:
     """SM microseconds."""
     most_sms: int
     """SMs that the kernel with the largest share of it occupies."""
+    copy_gb_s: float = 0.0
+    """Of large copies to other GPUs while they move, GB/s; 0 without any."""
+    pack_us: float = 0.0
+    """Duration of the kernels that such copies start right after."""
 
 
 def sm_times(calls: Mapping[str, Call], ranks: Ranks) -> dict[str, SmTime]:
-    """SM time of each call, the largest over ranks; virtual ranks: of all of them together."""
+    """SM time of each call, the largest over ranks (of copies, the slowest); virtual ranks: of all
+    of them together."""
     num_sms = torch.cuda.get_device_properties(ranks.device).multi_processor_count
     watches = ranks.local is None or ranks.rank == 0
     document: dict[str, Any] = {"traceEvents": []}
@@ -53,10 +63,16 @@ def sm_times(calls: Mapping[str, Call], ranks: Ranks) -> dict[str, SmTime]:
     else:
         _run(calls, ranks)
     mine = read_sm_times(document, list(calls), num_sms)
-    flat = [n for name in calls for n in (mine[name].sm_us, float(mine[name].most_sms))]
-    worst = ranks.maxima(flat)
-    pairs = zip(worst[::2], worst[1::2], strict=True)
-    return {name: SmTime(us, int(most)) for name, (us, most) in zip(calls, pairs, strict=True)}
+    flat = [
+        number
+        for one in (mine[name] for name in calls)
+        for number in (one.sm_us, float(one.most_sms), -one.copy_gb_s, one.pack_us)
+    ]
+    worst = iter(ranks.maxima(flat))
+    return {
+        name: SmTime(us, int(most), -rate, pack)
+        for name, us, most, rate, pack in zip(calls, worst, worst, worst, worst, strict=True)
+    }
 
 
 def _run(calls: Mapping[str, Call], ranks: Ranks) -> None:
@@ -88,7 +104,7 @@ def read_sm_times(document: Mapping[str, Any], names: list[str], num_sms: int) -
     >>> kernel = {"cat": "kernel", "name": "k", "dur": 10, "args": {"grid": [4, 1, 1]}}
     >>> events = [note, *({**kernel, "ts": 15 * i} for i in range(5))]
     >>> read_sm_times({"traceEvents": events}, ["a"], 132)
-    {'a': SmTime(sm_us=40.0, most_sms=4)}
+    {'a': SmTime(sm_us=40.0, most_sms=4, copy_gb_s=0.0, pack_us=0.0)}
     """
     events = document["traceEvents"]
     spans = {
@@ -107,5 +123,29 @@ def read_sm_times(document: Mapping[str, Any], names: list[str], num_sms: int) -
                 occupied = min(x * y * z, num_sms)
                 shares[occupied] = shares.get(occupied, 0.0) + occupied * kernel.get("dur", 0)
         most = max(shares, key=lambda sms: shares[sms], default=0)
-        found[name] = SmTime(sum(shares.values()) / _CALLS, most)
+        inside = [e for e in events if e.get("cat") == "gpu_memcpy" and start <= e["ts"] < end]
+        rate, pack = _copies(inside, [k for k in kernels if start <= k["ts"] < end])
+        found[name] = SmTime(sum(shares.values()) / _CALLS, most, rate, pack)
     return found
+
+
+def _copies(copies: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> tuple[float, float]:
+    """GB/s of the large copies between GPUs, and us a call of the kernels that they start after."""
+    large = sorted(
+        (c["ts"], c["ts"] + c["dur"], c["args"]["bytes"])
+        for c in copies
+        if "PtoP" in c["name"] and c["args"]["bytes"] >= _LARGE_COPY
+    )
+    if not large:
+        return 0.0, 0.0
+    busy, until = 0.0, 0.0
+    for start, end, _ in large:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    before = {}
+    for start, _, _ in large:
+        ended = [k for k in kernels if k["ts"] + k["dur"] <= start]
+        if ended:
+            last = max(ended, key=lambda k: k["ts"] + k["dur"])
+            before[last["ts"]] = last["dur"]
+    return sum(size for *_, size in large) / busy / 1e3, sum(before.values()) / _CALLS
