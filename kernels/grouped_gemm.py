@@ -1,8 +1,9 @@
 """Matrix products over groups of rows: every expert multiplies the rows routed to it.
 
 What belongs here: the two products that a layer of experts needs, without autograd (that is
-``dualpipe_ext.pipeline.weight_grad``). On CUDA, 16-bit operands go to ``torch._grouped_mm``, which
-reads the offsets on the device; everything else is a loop over the groups.
+``dualpipe_ext.pipeline.weight_grad``). On CUDA, bfloat16 operands go to ``torch._grouped_mm``,
+which reads the offsets on the device and takes every SM; with a limit on the SMs, to our own
+kernels in ``persistent_gemm.py``. Everything else is a loop over the groups.
 
 Shapes: M rows, G groups, K inputs, N outputs. ``offsets`` int32 [G] holds the END row of each
 group, so group g is rows ``offsets[g - 1]`` to ``offsets[g]`` and may be empty. Rows from
@@ -12,12 +13,13 @@ group, so group g is rows ``offsets[g - 1]`` to ``offsets[g]`` and may be empty.
 from __future__ import annotations
 
 import torch
+from dualpipe_ext.kernels import persistent_gemm
 from torch import Tensor
 
 _ALIGNMENT = 16  # bytes; what torch._grouped_mm asks of every stride but the unit one
 
 
-def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = None) -> Tensor:
     """Multiply each group of rows by its own matrix: ``out[rows of g] = x[rows of g] @ w[g]``.
 
     Example: with ``offsets = [2, 2, 3]`` and four rows, rows 0 and 1 meet ``w[0]``, nothing meets
@@ -27,6 +29,8 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
         x: [M, K], any float dtype.
         w: [G, K, N], dtype of ``x``.
         offsets: int32 [G], non-decreasing, at most M.
+        max_sms: SMs to use at most, beside communication say, where the operands allow it:
+            bfloat16 on Hopper GPUs. None for all.
 
     Returns:
         [M, N] in the dtype of ``x``; rows past ``offsets[-1]`` are zero.
@@ -34,6 +38,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    persistent_gemm.check_max_sms(max_sms)
     _check(x, offsets)
     if w.dim() != 3 or w.dtype != x.dtype or w.shape[:2] != (offsets.shape[0], x.shape[1]):
         raise ValueError(
@@ -41,24 +46,32 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
             f"got {list(w.shape)} and {w.dtype}"
         )
     if x.shape[0] and _on_device(x, w):
+        if _limited(max_sms, x.device):
+            if not w.transpose(1, 2).is_contiguous():
+                w = w.contiguous()
+            how = {"out_dtype": x.dtype, "max_sms": max_sms}
+            return persistent_gemm.multiply_rows(_by_rows(x), w, offsets, **how)
         out = torch._grouped_mm(x, w, offs=offsets)
         # The kernel leaves rows of no group as it found them, and their number is not known here.
         tail = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
         return out.masked_fill_(tail.unsqueeze(1), 0)
     out = x.new_zeros(x.shape[0], w.shape[2])
-    for group, (start, end) in enumerate(_bounds(offsets)):
+    for group, (start, end) in enumerate(group_bounds(offsets)):
         if end > start:
             torch.mm(x[start:end], w[group], out=out[start:end])
     return out
 
 
-def grouped_mm_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+def grouped_mm_weight_grad(
+    x: Tensor, grad: Tensor, offsets: Tensor, *, max_sms: int | None = None
+) -> Tensor:
     """Gradient of :func:`grouped_mm` for ``w``: ``out[g] = x[rows of g].T @ grad[rows of g]``.
 
     Args:
         x: [M, K], any float dtype.
         grad: [M, N], dtype of ``x``.
         offsets: int32 [G], non-decreasing, at most M.
+        max_sms: as in :func:`grouped_mm`.
 
     Returns:
         [G, K, N] in the dtype of ``x``; zero for empty groups.
@@ -66,6 +79,7 @@ def grouped_mm_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    persistent_gemm.check_max_sms(max_sms)
     _check(x, offsets)
     if grad.dim() != 2 or grad.shape[0] != x.shape[0] or grad.dtype != x.dtype:
         raise ValueError(
@@ -73,12 +87,29 @@ def grouped_mm_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
             f"got {list(grad.shape)} and {grad.dtype}"
         )
     if x.shape[0] and _on_device(x, grad):
+        if _limited(max_sms, x.device):
+            how = {"num_rows": x.shape[0], "out_dtype": x.dtype, "max_sms": max_sms}
+            return persistent_gemm.multiply_columns(_by_rows(x), _by_rows(grad), offsets, **how)
         return torch._grouped_mm(x.t(), grad, offs=offsets)
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
-    for group, (start, end) in enumerate(_bounds(offsets)):
+    for group, (start, end) in enumerate(group_bounds(offsets)):
         if end > start:
             torch.mm(x[start:end].t(), grad[start:end], out=out[group])
     return out
+
+
+def group_bounds(offsets: Tensor) -> list[tuple[int, int]]:
+    """First row and END row of each group, read on the host."""
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def check_offsets(offsets: Tensor) -> None:
+    """Refuse with ``ValueError`` what cannot be offsets of groups."""
+    if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] == 0:
+        raise ValueError(
+            f"expected offsets int32 [G] with G > 0, got {list(offsets.shape)} and {offsets.dtype}"
+        )
 
 
 def _check(x: Tensor, offsets: Tensor) -> None:
@@ -86,10 +117,16 @@ def _check(x: Tensor, offsets: Tensor) -> None:
         raise ValueError(
             f"expected x of shape [M, K] and a float dtype, got {list(x.shape)} and {x.dtype}"
         )
-    if offsets.dim() != 1 or offsets.dtype != torch.int32 or offsets.shape[0] == 0:
-        raise ValueError(
-            f"expected offsets int32 [G] with G > 0, got {list(offsets.shape)} and {offsets.dtype}"
-        )
+    check_offsets(offsets)
+
+
+def _limited(max_sms: int | None, device: torch.device) -> bool:
+    return max_sms is not None and persistent_gemm.usable_on(device)
+
+
+def _by_rows(t: Tensor) -> Tensor:
+    """With contiguous rows one after the other, as the kernels read them."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
 def _on_device(*operands: Tensor) -> bool:
@@ -101,8 +138,3 @@ def _aligned(t: Tensor) -> bool:
     strides = [stride * t.element_size() for stride in t.stride() if stride != 1]
     unit = len(strides) == t.dim() - 1
     return unit and t.data_ptr() % _ALIGNMENT == 0 and not any(s % _ALIGNMENT for s in strides)
-
-
-def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
-    ends = offsets.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))

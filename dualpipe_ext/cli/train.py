@@ -104,6 +104,14 @@ def command(
     top_k: Annotated[
         int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
     ] = None,
+    fp8_experts: Annotated[
+        bool,
+        typer.Option(
+            "--fp8-experts",
+            help="Multiply in FP8 in the experts; their sizes must be multiples of 128.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
 ) -> None:
     """Train a Mixture-of-Experts language model under DualPipe with expert parallelism.
 
@@ -122,7 +130,11 @@ def command(
     chunks = max(4, 2 * pp) if chunks is None else chunks
     config = TrainConfig(
         model=PRESETS[preset].with_overrides(
-            hidden=hidden, num_layers=layers, num_experts=experts, top_k=top_k
+            hidden=hidden,
+            num_layers=layers,
+            num_experts=experts,
+            top_k=top_k,
+            fp8_experts=fp8_experts,
         ),
         schedule=schedule.lower(),
         pp=pp,

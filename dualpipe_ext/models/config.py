@@ -23,6 +23,8 @@ class ModelConfig:
         shared_hidden: inner width of the shared expert, which sees every token; 0 for none.
         route_scale: factor on the normalised routing weights (DeepSeek-V3: 2.5).
         rope_base: base of the rotary position embedding.
+        fp8_experts: multiply in FP8 in the routed experts, forward and backward; ``hidden`` and
+            ``expert_hidden`` are then multiples of 128.
     """
 
     vocab_size: int = 256
@@ -37,11 +39,12 @@ class ModelConfig:
     shared_hidden: int = 128
     route_scale: float = 2.5
     rope_base: float = 10_000.0
+    fp8_experts: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and field.name != "shared_hidden":
+            if value <= 0 and field.name not in ("shared_hidden", "fp8_experts"):
                 raise ValueError(f"expected a positive {field.name}, got {value}")
         _expect_divides("num_heads", self.num_heads, "hidden", self.hidden)
         if (self.hidden // self.num_heads) % 2:
@@ -61,6 +64,12 @@ class ModelConfig:
                 f"expected top_k of at most {reachable} "
                 f"(the experts in {self.top_groups} groups), got {self.top_k}"
             )
+        for name in ("hidden", "expert_hidden") if self.fp8_experts else ():
+            if getattr(self, name) % 128:
+                raise ValueError(
+                    f"expected {name} to be a multiple of 128 for fp8_experts, "
+                    f"got {getattr(self, name)}"
+                )
 
     def with_overrides(self, **overrides: Any) -> ModelConfig:
         """A copy in which every override that is not ``None`` replaces the preset's value."""

@@ -17,6 +17,7 @@ from dualpipe_ext.kernels.swiglu import swiglu
 from dualpipe_ext.models.config import ModelConfig
 from dualpipe_ext.models.layers import Attention, SharedExpert
 from dualpipe_ext.models.router import Router
+from dualpipe_ext.pipeline.fp8_linear import grouped_linear_fp8
 from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.weight_grad import grouped_linear
 
@@ -27,14 +28,14 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, *, num_local_slots: int) -> None:
         super().__init__()
         hidden, inner = config.hidden, config.expert_hidden
+        self.grouped_linear = grouped_linear_fp8 if config.fp8_experts else grouped_linear
         self.gate_up = nn.Parameter(torch.empty(num_local_slots, hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(num_local_slots, inner, hidden))
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """``rows`` [M, H] grouped by slot, ``offsets`` int32 [S/R] cumulative ends -> [M, H]."""
-        return grouped_linear(
-            swiglu(grouped_linear(rows, self.gate_up, offsets)), self.down, offsets
-        )
+        inner = swiglu(self.grouped_linear(rows, self.gate_up, offsets))
+        return self.grouped_linear(inner, self.down, offsets)
 
 
 class MoELayer(nn.Module):

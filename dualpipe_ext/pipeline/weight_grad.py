@@ -63,7 +63,7 @@ class WeightGradStore:
         self._closures.clear()
 
 
-def _weight_grad(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+def take_or_defer(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
     """The gradient for autograd to take now, or None if it was deferred.
 
     A weight that is itself computed (not a leaf) is not deferred: autograd frees the graph that
@@ -81,7 +81,7 @@ def _weight_grad(weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None
     return None
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute in, which leaves float64 alone as autocast does."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
             def compute() -> Tensor:
                 return (rows.t() @ x.reshape(-1, x.shape[-1])).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute)
+            grad_weight = take_or_defer(owner, compute)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None
@@ -146,7 +146,7 @@ class _GroupedLinear(torch.autograd.Function):
             def compute() -> Tensor:
                 return grouped_mm_weight_grad(x, grad, offsets).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute)
+            grad_weight = take_or_defer(owner, compute)
         return grad_x, grad_weight, None, None
 
 
@@ -161,7 +161,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N], bit for bit what ``torch.nn.functional.linear`` gives.
     """
-    return _Linear.apply(x, weight, bias, _compute_dtype(x))
+    return _Linear.apply(x, weight, bias, compute_dtype(x))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    return _GroupedLinear.apply(x, weight, offsets, _compute_dtype(x))
+    return _GroupedLinear.apply(x, weight, offsets, compute_dtype(x))
 
 
 class DeferrableLinear(nn.Linear):
