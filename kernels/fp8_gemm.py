@@ -68,7 +68,7 @@ def quantize_weights(w: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
     Example: a block of 1, -0.5, 0.3, 0, ... has the scale 1 / 256 and 256, -128, 80, 0, ...
 
     Args:
-        w: [G, K, N], float32, bfloat16, float16 or (not on GPUs) float64.
+        w: [G, K, N], float32, bfloat16, float16 or float64.
 
     Returns:
         The weights [G, K, N], for :func:`grouped_mm_fp8` of the inputs; and [G, N, K] with the same
@@ -269,7 +269,7 @@ def quantize_columns_into(
             x.shape[1],
             num_groups,
             values.stride(0),
-            GROUPS=triton.next_power_of_2(num_groups),
+            GROUPS=persistent_gemm.padded_groups(num_groups),
             SMALLEST_AMAX=SMALLEST_AMAX,
             BLOCK=BLOCK,
             num_warps=8,
@@ -308,7 +308,7 @@ if triton is not None:
         at = first_row * size_n + cols[:, None] * size_k + (rows - first_row)[None, :]
         tl.store(turned_ptr + at, values.T)
 
-    @triton.jit(do_not_specialize=["num_rows", "num_groups", "out_stride"])
+    @triton.jit(do_not_specialize=["num_rows", "num_groups"])
     def _columns_kernel(
         x_ptr,
         x_scales_ptr,

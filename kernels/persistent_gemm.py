@@ -107,7 +107,7 @@ def multiply_rows(
             num_groups,
             *((0, 0, 0) if w_scales is None else w_scales.stride()),
             W_TRANSPOSED=transposed,
-            GROUPS=triton.next_power_of_2(num_groups + 1),
+            GROUPS=padded_groups(num_groups + 1),
             **sizes,
         )
     return out
@@ -168,7 +168,7 @@ def multiply_columns(
             num_groups,
             x.stride(0),
             grad.stride(0),
-            GROUPS=triton.next_power_of_2(num_groups),
+            GROUPS=padded_groups(num_groups),
             **sizes,
         )
     return out
@@ -212,6 +212,12 @@ def _tile(scaled: bool, itemsize: int) -> dict[str, Any]:
         "num_warps": 8,
         "num_stages": 4,
     }
+
+
+def padded_groups(num_groups: int) -> int:
+    """What the kernels count groups with: a power of two of at least as many."""
+    # Fewer than a warp has threads are no cheaper, and each number is compiled anew.
+    return max(32, triton.next_power_of_2(num_groups))
 
 
 def _interpreted() -> bool:
@@ -404,12 +410,13 @@ if triton is not None:
             if SCALED:
                 earlier = tl.where(index < group, tl.cdiv(sizes, BLOCK_K), 0)
                 first = tl.sum(earlier, 0)
+                x_scales_at = x_scales_ptr + first.to(tl.int64) * size_k
+                grad_scales_at = grad_scales_ptr + first.to(tl.int64) * size_n
                 for block in range(first, first + tl.cdiv(size, BLOCK_K)):
-                    at = block.to(tl.int64)
-                    x_scales = tl.load(x_scales_ptr + at * size_k + rows, rows < size_k, other=0.0)
-                    grad_scales = tl.load(
-                        grad_scales_ptr + at * size_n + cols, cols < size_n, other=0.0
-                    )
+                    x_scales = tl.load(x_scales_at + rows, rows < size_k, other=0.0)
+                    grad_scales = tl.load(grad_scales_at + cols, cols < size_n, other=0.0)
+                    x_scales_at += size_k
+                    grad_scales_at += size_n
                     x = x_desc.load([row, block * BLOCK_K])
                     grad = grad_desc.load([col, block * BLOCK_K])
                     scales = x_scales[:, None] * grad_scales[None, :]
