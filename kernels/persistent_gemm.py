@@ -260,7 +260,8 @@ if triton is not None:
         """Row and column of a group's tile: column by column within sweeps of SWEEP rows."""
         sweep = tile // (SWEEP * col_tiles)
         rest = tile - sweep * SWEEP * col_tiles
-        rows = tl.minimum(row_tiles - sweep * SWEEP, SWEEP)
+        # At least one: offsets that decrease give tiles to groups without rows.
+        rows = tl.maximum(tl.minimum(row_tiles - sweep * SWEEP, SWEEP), 1)
         return sweep * SWEEP + rest % rows, rest // rows
 
     @triton.jit
@@ -412,7 +413,9 @@ if triton is not None:
                 first = tl.sum(earlier, 0)
                 x_scales_at = x_scales_ptr + first.to(tl.int64) * size_k
                 grad_scales_at = grad_scales_ptr + first.to(tl.int64) * size_n
-                for block in range(first, first + tl.cdiv(size, BLOCK_K)):
+                # No more blocks than there are, whatever the offsets say.
+                last = tl.minimum(first + tl.cdiv(size, BLOCK_K), num_rows // BLOCK_K + num_groups)
+                for block in range(first, last):
                     x_scales = tl.load(x_scales_at + rows, rows < size_k, other=0.0)
                     grad_scales = tl.load(grad_scales_at + cols, cols < size_n, other=0.0)
                     x_scales_at += size_k

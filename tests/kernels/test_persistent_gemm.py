@@ -134,14 +134,25 @@ def test_strided_rows():
     assert torch.equal(multiply_columns(x[:, :80], grad, ends, num_rows=40, **how), want)
 
 
-@pytest.mark.parametrize("bad", [[20, 10], [5, 999], [-7, 40]], ids=str)
+@pytest.mark.parametrize(
+    "bad", [[20, 10], [5, 999], [-7, 40], [2**31 - 1, -(2**31)], [40, 0, 40, 0, 40]], ids=str
+)
+@pytest.mark.filterwarnings("error")
 def test_offsets_that_lie_touch_nothing_outside(bad):
     """The rows around the tensors stay as they were, and nothing fails."""
     around = torch.full((80, 64), 7.0)
-    x, w = around[20:60], torch.ones(2, 64, 64)
+    x, w = around[20:60], torch.ones(len(bad), 64, 64)
     multiply_rows(x, w, int32(bad), out_dtype=torch.float32)
     out = multiply_columns(x, x, int32(bad), num_rows=40, out_dtype=torch.float32)
     assert torch.isfinite(out).all()
+    # More groups than there are blocks; the scales behind those there are would spoil the sums.
+    num_blocks = 40 // 128 + len(bad)
+    scales = torch.full((2 * num_blocks, 128), float("nan"))
+    scales[:num_blocks] = 1.0
+    columns = torch.ones(128, 128 * num_blocks)
+    how = {"x_scales": scales[:num_blocks], "grad_scales": scales[:num_blocks]}
+    how |= {"num_rows": 40, "out_dtype": torch.float32}
+    assert torch.isfinite(multiply_columns(columns, columns, int32(bad), **how)).all()
 
 
 def test_group_rows_example():
