@@ -230,6 +230,74 @@ def eplb(
         typer.echo(f"Wrote {target}")
 
 
+@app.command()
+def gemm(
+    context: typer.Context,
+    experts: Annotated[int, typer.Option(help="Experts.", rich_help_panel=_SIZE)] = 128,
+    rows: Annotated[int, typer.Option(help="Rows per expert.", rich_help_panel=_SIZE)] = 256,
+    hidden: Annotated[int, typer.Option(help="Values per row.", rich_help_panel=_SIZE)] = 7168,
+    inner: Annotated[
+        int, typer.Option(help="Inner width of an expert.", rich_help_panel=_SIZE)
+    ] = 2048,
+    sms: Annotated[
+        str, typer.Option(help="Limits on the SMs; 0: all.", rich_help_panel=_WHAT)
+    ] = "0,112",
+    rounds: Annotated[
+        int, typer.Option(help="Numbers per variant.", rich_help_panel=_WHAT)
+    ] = _ROUNDS,
+    calls: Annotated[
+        int, typer.Option(help="Calls in a row behind a number.", rich_help_panel=_WHAT)
+    ] = _QUICK_CALLS,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=_WHAT)
+    ] = "cuda",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append rows to this CSV file. "
+            "[default: benchmarks/results/gemm.csv in the repository, else ./gemm.csv]",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, no table.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Time the experts' products in BF16 and FP8, with all SMs and fewer, checked first."""
+    import torch
+
+    from dualpipe_ext.bench.gemm import GemmOptions, print_rows, run
+    from dualpipe_ext.bench.ranks import start
+    from dualpipe_ext.bench.record import append, results_file
+
+    if device not in _TRANSPORTS:
+        raise ValueError(f"expected --device of {', '.join(_TRANSPORTS)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "expected a GPU, got none; to try it out on the CPU: dualpipe bench gemm --device cpu "
+            "--experts 4 --rows 50 --hidden 256 --inner 128"
+        )
+    options = GemmOptions(
+        experts=experts,
+        rows=rows,
+        hidden=hidden,
+        inner=inner,
+        sms=_numbers("--sms", sms),
+        rounds=rounds,
+        calls=calls,
+    )
+    target = results_file("gemm") if output is None else output
+    check_target(target)
+    found = start(run, 1, options, virtual=True, device_type=device)
+    append(target, _command(context), found)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_rows(found)
+        typer.echo(f"Wrote {target}")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 

@@ -104,11 +104,14 @@ def command(
     top_k: Annotated[
         int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
     ] = None,
+    expert_hidden: Annotated[
+        int | None, typer.Option(help="Inner width of an expert.", rich_help_panel=_MODEL)
+    ] = None,
     fp8_experts: Annotated[
         bool,
         typer.Option(
             "--fp8-experts",
-            help="Multiply in FP8 in the experts; their sizes must be multiples of 128.",
+            help="Multiply in FP8 in the experts; width and inner width are multiples of 128.",
             rich_help_panel=_MODEL,
         ),
     ] = False,
@@ -134,6 +137,7 @@ def command(
             num_layers=layers,
             num_experts=experts,
             top_k=top_k,
+            expert_hidden=expert_hidden,
             fp8_experts=fp8_experts,
         ),
         schedule=schedule.lower(),
