@@ -125,29 +125,36 @@ class _Linear(torch.autograd.Function):
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.input_dtype, ctx.weight = x.dtype, weight
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        dtype: torch.dtype,
+        max_sms: int | None,
+    ) -> Tensor:
+        ctx.input_dtype, ctx.weight, ctx.max_sms = x.dtype, weight, max_sms
         x = x.to(dtype)
         ctx.save_for_backward(x, weight, offsets)
-        return grouped_mm(x, weight.to(dtype), offsets)
+        return grouped_mm(x, weight.to(dtype), offsets, max_sms=max_sms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
-        owner = ctx.weight
+        owner, max_sms = ctx.weight, ctx.max_sms
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_mm(grad, weight.to(grad.dtype).transpose(1, 2), offsets)
-            grad_x = grad_x.to(ctx.input_dtype)
+            turned = weight.to(grad.dtype).transpose(1, 2)
+            grad_x = grouped_mm(grad, turned, offsets, max_sms=max_sms).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
 
             def compute() -> Tensor:
-                return grouped_mm_weight_grad(x, grad, offsets).to(owner.dtype)
+                return grouped_mm_weight_grad(x, grad, offsets, max_sms=max_sms).to(owner.dtype)
 
             grad_weight = take_or_defer(owner, compute)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -164,7 +171,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, weight, bias, compute_dtype(x))
 
 
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, *, max_sms: int | None = None
+) -> Tensor:
     """A linear layer per group of rows, whose weight gradient can be deferred.
 
     Args:
@@ -172,6 +181,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         weight: [G, K, N], dtype of ``x`` (any, under autocast).
         offsets: int32 [G], the END row of each group; rows past the last one give zeros and get no
             gradient.
+        max_sms: SMs for the products, to leave the others to communication; see
+            ``dualpipe_ext.kernels.grouped_gemm``. None for all.
 
     Returns:
         [M, N].
@@ -179,7 +190,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    return _GroupedLinear.apply(x, weight, offsets, compute_dtype(x))
+    return _GroupedLinear.apply(x, weight, offsets, compute_dtype(x), max_sms)
 
 
 class DeferrableLinear(nn.Linear):
