@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from dualpipe_ext.kernels import persistent_gemm
 from dualpipe_ext.kernels.fp8_format import BLOCK, SMALLEST_AMAX, power_of_two_scales
-from dualpipe_ext.kernels.grouped_gemm import check_offsets, group_bounds
+from dualpipe_ext.kernels.grouped_gemm import check_max_sms, check_offsets, group_bounds
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def grouped_mm_fp8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    persistent_gemm.check_max_sms(max_sms)
+    check_max_sms(max_sms)
     _check_rows(x, offsets)
     _check_weights(w, (offsets.shape[0], x.values.shape[1]), x.values.device)
     if persistent_gemm.usable_on(x.values.device):
@@ -207,12 +207,15 @@ def grouped_mm_fp8_weight_grad(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    persistent_gemm.check_max_sms(max_sms)
+    check_max_sms(max_sms)
     _check_rows(x, offsets)
     _check_rows(grad, offsets)
     num_rows = x.values.shape[0]
     if grad.values.shape[0] != num_rows:
         raise ValueError(f"expected grad with {num_rows} rows, got {grad.values.shape[0]}")
+    if num_rows == 0:
+        shape = (offsets.shape[0], x.values.shape[1], grad.values.shape[1])
+        return x.scales.new_zeros(shape, dtype=out_dtype)
     x_columns, grad_columns = quantize_columns(x, offsets), quantize_columns(grad, offsets)
     if persistent_gemm.usable_on(offsets.device):
         _check_out_dtype(out_dtype)

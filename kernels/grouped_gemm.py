@@ -12,8 +12,9 @@ group, so group g is rows ``offsets[g - 1]`` to ``offsets[g]`` and may be empty.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
-from dualpipe_ext.kernels import persistent_gemm
 from torch import Tensor
 
 _ALIGNMENT = 16  # bytes; what torch._grouped_mm asks of every stride but the unit one
@@ -30,7 +31,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
         w: [G, K, N], dtype of ``x``.
         offsets: int32 [G], non-decreasing, at most M.
         max_sms: SMs to use at most, beside communication say, where the operands allow it:
-            bfloat16 on Hopper GPUs. None for all.
+            bfloat16 and sizes that are multiples of 8, on Hopper GPUs. None for all.
 
     Returns:
         [M, N] in the dtype of ``x``; rows past ``offsets[-1]`` are zero.
@@ -38,7 +39,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    persistent_gemm.check_max_sms(max_sms)
+    check_max_sms(max_sms)
     _check(x, offsets)
     if w.dim() != 3 or w.dtype != x.dtype or w.shape[:2] != (offsets.shape[0], x.shape[1]):
         raise ValueError(
@@ -46,11 +47,11 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
             f"got {list(w.shape)} and {w.dtype}"
         )
     if x.shape[0] and _on_device(x, w):
-        if _limited(max_sms, x.device):
-            if not w.transpose(1, 2).is_contiguous():
-                w = w.contiguous()
-            how = {"out_dtype": x.dtype, "max_sms": max_sms}
-            return persistent_gemm.multiply_rows(_by_rows(x), w, offsets, **how)
+        if max_sms is not None and (kernels := _kernels_for(x.device)) is not None:
+            rows, how = _by_rows(x), {"out_dtype": x.dtype, "max_sms": max_sms}
+            w = w if w.transpose(1, 2).is_contiguous() else w.contiguous()
+            if _aligned(rows) and _aligned(w):
+                return kernels.multiply_rows(rows, w, offsets, **how)
         out = torch._grouped_mm(x, w, offs=offsets)
         # The kernel leaves rows of no group as it found them, and their number is not known here.
         tail = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
@@ -79,7 +80,7 @@ def grouped_mm_weight_grad(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    persistent_gemm.check_max_sms(max_sms)
+    check_max_sms(max_sms)
     _check(x, offsets)
     if grad.dim() != 2 or grad.shape[0] != x.shape[0] or grad.dtype != x.dtype:
         raise ValueError(
@@ -87,9 +88,11 @@ def grouped_mm_weight_grad(
             f"got {list(grad.shape)} and {grad.dtype}"
         )
     if x.shape[0] and _on_device(x, grad):
-        if _limited(max_sms, x.device):
+        if max_sms is not None and (kernels := _kernels_for(x.device)) is not None:
             how = {"num_rows": x.shape[0], "out_dtype": x.dtype, "max_sms": max_sms}
-            return persistent_gemm.multiply_columns(_by_rows(x), _by_rows(grad), offsets, **how)
+            rows, grad_rows = _by_rows(x), _by_rows(grad)
+            if _aligned(rows) and _aligned(grad_rows):
+                return kernels.multiply_columns(rows, grad_rows, offsets, **how)
         return torch._grouped_mm(x.t(), grad, offs=offsets)
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
     for group, (start, end) in enumerate(group_bounds(offsets)):
@@ -102,6 +105,12 @@ def group_bounds(offsets: Tensor) -> list[tuple[int, int]]:
     """First row and END row of each group, read on the host."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def check_max_sms(max_sms: int | None) -> None:
+    """Refuse with ``ValueError`` a number of SMs that nothing can run on."""
+    if max_sms is not None and max_sms < 1:
+        raise ValueError(f"expected max_sms of at least 1, got {max_sms}")
 
 
 def check_offsets(offsets: Tensor) -> None:
@@ -120,8 +129,12 @@ def _check(x: Tensor, offsets: Tensor) -> None:
     check_offsets(offsets)
 
 
-def _limited(max_sms: int | None, device: torch.device) -> bool:
-    return max_sms is not None and persistent_gemm.usable_on(device)
+def _kernels_for(device: torch.device) -> ModuleType | None:
+    """The kernels that keep to some SMs, if they run on this device."""
+    # Not at the top: it imports Triton, which takes longer than all of this package.
+    from dualpipe_ext.kernels import persistent_gemm
+
+    return persistent_gemm if persistent_gemm.usable_on(device) else None
 
 
 def _by_rows(t: Tensor) -> Tensor:

@@ -44,12 +44,6 @@ def usable_on(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
-def check_max_sms(max_sms: int | None) -> None:
-    """Refuse with ``ValueError`` a number of SMs that nothing can run on."""
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"expected max_sms of at least 1, got {max_sms}")
-
-
 def multiply_rows(
     x: Tensor,
     w: Tensor,
@@ -85,18 +79,14 @@ def multiply_rows(
     sizes = rows_tile(scaled=x_scales is not None, itemsize=x.element_size())
     block_m, block_n, block_k = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
     transposed = w.stride(2) != 1
-    w_desc = (
-        TensorDescriptor.from_tensor(w.transpose(1, 2), [1, block_n, block_k])
-        if transposed
-        else TensorDescriptor.from_tensor(w, [1, block_k, block_n])
-    )
+    box = [1, block_n, block_k] if transposed else [1, block_k, block_n]
     # Every group adds at most one tile that is not full, and so do the rows of none.
     most = (num_rows // block_m + num_groups + 1) * -(-size_n // (block_n * sizes["PARTS"]))
     # Triton launches on the current device, whichever one the tensors are on.
     with torch.cuda.device_of(x):
         _rows_kernel[(_num_ctas(x.device, max_sms, most),)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]),
-            w_desc,
+            TensorDescriptor.from_tensor(w.transpose(1, 2) if transposed else w, box),
             out,
             offsets.contiguous(),
             x_scales,
