@@ -145,14 +145,16 @@ def test_offsets_that_lie_touch_nothing_outside(bad):
     multiply_rows(x, w, int32(bad), out_dtype=torch.float32)
     out = multiply_columns(x, x, int32(bad), num_rows=40, out_dtype=torch.float32)
     assert torch.isfinite(out).all()
-    # More groups than there are blocks; the scales behind those there are would spoil the sums.
-    num_blocks = 40 // 128 + len(bad)
-    scales = torch.full((2 * num_blocks, 128), float("nan"))
-    scales[:num_blocks] = 1.0
-    columns = torch.ones(128, 128 * num_blocks)
-    how = {"x_scales": scales[:num_blocks], "grad_scales": scales[:num_blocks]}
-    how |= {"num_rows": 40, "out_dtype": torch.float32}
-    assert torch.isfinite(multiply_columns(columns, columns, int32(bad), **how)).all()
+
+
+def test_no_more_blocks_than_there_are():
+    """Three times 300 rows are nine blocks; 300 rows of five groups have seven at most."""
+    scales = torch.full((14, 128), float("nan"))
+    scales[:7] = 1.0
+    columns, offsets = torch.ones(128, 7 * 128), int32([300, 0, 300, 0, 300])
+    how = {"x_scales": scales[:7], "grad_scales": scales[:7]}
+    out = multiply_columns(columns, columns, offsets, num_rows=300, out_dtype=torch.float32, **how)
+    assert torch.isfinite(out).all()
 
 
 def test_group_rows_example():
