@@ -122,6 +122,17 @@ def command(
     top_k: Annotated[
         int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
     ] = None,
+    expert_hidden: Annotated[
+        int | None, typer.Option(help="Inner width of an expert.", rich_help_panel=_MODEL)
+    ] = None,
+    fp8_experts: Annotated[
+        bool,
+        typer.Option(
+            "--fp8-experts",
+            help="Multiply in FP8 in the experts; width and inner width are multiples of 128.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
 ) -> None:
     """Train a Mixture-of-Experts language model under DualPipe with expert parallelism.
 
@@ -144,6 +155,8 @@ def command(
             num_layers=layers,
             num_experts=experts,
             top_k=top_k,
+            expert_hidden=expert_hidden,
+            fp8_experts=fp8_experts,
             memory_level=memory_level,
         ),
         schedule=schedule.lower(),

@@ -92,7 +92,9 @@ class MasterAdamW:
         """
         parameter, master = self._parameters[name], self.masters[name]
         masters = [] if master is parameter else [master]
-        return [parameter.data, *masters, *slot_state(self._adamw, [master])]
+        # Not .data: writing to it would leave the parameter's version as it was, and copies made of
+        # the parameter (in FP8) would not be seen to be old.
+        return [parameter.detach(), *masters, *slot_state(self._adamw, [master])]
 
     def state_dict(self) -> dict[str, Any]:
         """Masters and moments by parameter name."""

@@ -53,6 +53,18 @@ def test_a_run_leaves_metrics_plot_summary_and_checkpoint(tmp_path: Path):
     assert not list(run.glob("*.partial"))
 
 
+def test_fp8_experts(tmp_path: Path):
+    sizes = ["--hidden=128", "--expert-hidden=128", "--layers=4", "--experts=8", "--top-k=2"]
+    args = [*sizes, "--seq-len=32", "--steps=2", "--fp8-experts"]
+    done = dualpipe(*args, "--out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    layout = (tmp_path / "run" / "checkpoints" / "step-00000002" / "layout.json").read_text()
+    assert json.loads(layout)["model"]["fp8_experts"] is True
+    done = dualpipe(*TINY, "--fp8-experts", "--out=other", cwd=tmp_path)
+    assert "expected hidden to be a multiple of 128 for fp8_experts, got 32" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path: Path):
     common = [*TINY, "--steps=8", "--rebalance-every=3"]
     assert dualpipe(*common, "--out=straight", "--save-every=5", cwd=tmp_path).returncode == 0

@@ -155,3 +155,13 @@ def test_wrong_number_of_ranks_is_named():
 
     with pytest.raises(WorkerFailedError, match="expected pp x ep = 2 x 2 ranks, got 2"):
         run_ranks(losses, 2, CONFIG, 1, run_timeout_s=60)
+
+
+def test_fp8_experts_train_as_well():
+    """With experts that move: what was quantised must not outlive its weights."""
+    model = replace(MODEL, hidden=128, num_layers=2, expert_hidden=128)
+    config = replace(CONFIG, model=model, pp=1, ep=2, redundant_experts=4, rebalance_every=3)
+    exact = train(config)
+    fp8 = train(replace(config, model=replace(model, fp8_experts=True)))
+    assert fp8 != exact
+    assert fp8 == pytest.approx(exact, rel=0.01)
