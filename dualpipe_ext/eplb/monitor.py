@@ -114,8 +114,15 @@ class LoadMonitor:
     def loads(self, *, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0) -> Tensor:
         """Tokens per step, summed over the group: :meth:`start_loads`, waited for at once.
 
+        Args:
+            group: ranks to sum over, by default the monitor's.
+            timeout_s: longest wait for the other ranks, in seconds.
+
         Returns:
             [L, E] float32 on the monitor's device.
+
+        Raises:
+            as :meth:`PendingLoads.wait`.
         """
         return self.start_loads(group=group).wait(timeout_s)
 

@@ -75,6 +75,12 @@ class MasterAdamW:
         masters = [] if master is parameter else [master]
         return [parameter.data, *masters, *slot_state(self._adamw, [master])]
 
+    def layout_of(self, name: str) -> list[Tensor]:
+        """Shapes and dtypes of :meth:`tensors_of` once a step has been taken, as meta tensors."""
+        parameter, master = self._parameters[name], self.masters[name]
+        masters = [] if master is parameter else [master]
+        return [torch.empty_like(t, device="meta") for t in (parameter, *masters, master, master)]
+
     def state_dict(self) -> dict[str, Any]:
         """Masters and moments by parameter name."""
         return {
