@@ -65,6 +65,8 @@ class ExpertBalancer:
         device: where the layers are.
 
     Attributes:
+        layers: those on this rank, ascending.
+        group: the expert-parallel group.
         placement: in force.
         target: where experts are on their way to, or ``None``.
         replicas: for each layer on this rank, how many replicas the expert in each of its slots
@@ -80,8 +82,8 @@ class ExpertBalancer:
         device: torch.device,
     ) -> None:
         self._config = config
-        self._layers = sorted(layers, key=lambda layer: layer.index)
-        self._group, self._device = group, device
+        self.layers = sorted(layers, key=lambda layer: layer.index)
+        self.group, self._device = group, device
         rank, per_rank = dist.get_rank(group), config.num_slots // config.ep
         self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
         self._layers_of_ranks = config.layers_of_ranks
@@ -110,19 +112,18 @@ class ExpertBalancer:
         self._optimizer = optimizer
         layout = self._expert_layout()
         one_layer = self._config.num_slots // self._config.ep * message_bytes(layout, 1)
-        self._spare_bytes = max(self._config.spare_bytes, one_layer)
         self._migrator = Migrator(
-            self._group,
+            self.group,
             device=self._device,
             timeout_s=self._config.timeout_s,
-            spare_bytes=self._spare_bytes,
+            spare_bytes=max(self._config.spare_bytes, one_layer),
         )
 
     def install(self, placement: Placement) -> None:
         """Route by ``placement`` from the next forward on."""
         self.placement = placement
         self._phy2log: list[list[int]] = placement.phy2log.tolist()
-        for layer in self._layers:
+        for layer in self.layers:
             counts = placement.logcnt[layer.index]
             layer.module.log2phy = on_device(placement.log2phy[layer.index], self._device)
             layer.module.logcnt = on_device(counts, self._device)
@@ -152,13 +153,13 @@ class ExpertBalancer:
 
     def local_experts(self) -> dict[int, list[int]]:
         """For each layer on this rank, the logical expert in each of its slots."""
-        return {layer.index: self._phy2log[layer.index][self._mine] for layer in self._layers}
+        return {layer.index: self._phy2log[layer.index][self._mine] for layer in self.layers}
 
     def take_counts(self) -> Tensor:
         """Tokens per expert that this rank routed since the last call, int64 [NL, E] on the
         device."""
         counts = torch.zeros(self.last_counts.shape, dtype=torch.int64, device=self._device)
-        for layer in self._layers:
+        for layer in self.layers:
             counts[layer.index] += layer.module.counts
             layer.module.counts.zero_()
         return counts
@@ -174,7 +175,7 @@ class ExpertBalancer:
         for index in range(on_host.shape[0]):
             self.monitor.record(index, on_host[index])
         self.monitor.step()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.module.router.update_bias(counts[layer.index], rate=self._config.bias_rate)
 
     def balance(self) -> float:
@@ -207,7 +208,8 @@ class ExpertBalancer:
         """Begin with the next wave toward the target; returns at once. After an optimizer step."""
         if self.target is None:
             return
-        assert self._migrator is not None and self._optimizer is not None
+        assert self._migrator is not None
+        assert self._optimizer is not None
         self._wave = self._next_wave()
         new = self.target.phy2log.tolist()
         tensors = {
@@ -216,7 +218,7 @@ class ExpertBalancer:
                 for name, _ in layer.expert_parameters()
                 for tensor in self._optimizer.tensors_of(name)
             ]
-            for layer in self._layers
+            for layer in self.layers
             if layer.index in self._wave
         }
         old = {index: self._phy2log[index] for index in tensors}
@@ -238,16 +240,16 @@ class ExpertBalancer:
         """
         self._routed_by = self.placement
         arrived = () if self._migrator is None else self._migrator.wait()
-        assert set(arrived) == {layer.index for layer in self._layers} & set(self._wave)
+        assert set(arrived) == {layer.index for layer in self.layers} & set(self._wave)
         phy2log = self.placement.phy2log.clone()
         if self._wave:
             assert self.target is not None
             phy2log[list(self._wave)] = self.target.phy2log[list(self._wave)]
         onto = phy2log.tolist()
-        for layer in self._layers:
+        for layer in self.layers:
             grads = [p.grad for _, p in layer.expert_parameters() if p.grad is not None]
             reduce_replica_grads(
-                grads, self._phy2log[layer.index], self._group, onto=onto[layer.index]
+                grads, self._phy2log[layer.index], self.group, onto=onto[layer.index]
             )
         if not self._wave:
             return 0
@@ -280,11 +282,14 @@ class ExpertBalancer:
         wave: set[int] = set()
         for layers in self._layers_of_ranks:
             left = {index: need[index] for index in layers if index in need}
-            wave.update(layers_that_fit(left, self._spare_bytes))
+            if left:
+                # At least the first one, whatever the user allows.
+                room = max(self._config.spare_bytes, next(iter(left.values())))
+                wave.update(layers_that_fit(left, room))
         return tuple(sorted(wave))
 
     def _expert_layout(self) -> list[Tensor]:
         """Shapes and dtypes of what belongs to one layer's slots on this rank."""
         assert self._optimizer is not None
-        names = [name for name, _ in self._layers[0].expert_parameters()]
+        names = [name for name, _ in self.layers[0].expert_parameters()]
         return [tensor for name in names for tensor in self._optimizer.layout_of(name)]

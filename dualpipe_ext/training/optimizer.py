@@ -66,6 +66,13 @@ class MasterAdamW:
                 parameter.copy_(master)
             master.grad = parameter.grad = None
 
+    @torch.no_grad()
+    def reset_masters(self) -> None:
+        """Take the parameters as they are now; without it a step goes on from the masters."""
+        for name, master in self.masters.items():
+            if master is not self._parameters[name]:
+                master.copy_(self._parameters[name])
+
     def tensors_of(self, name: str) -> list[Tensor]:
         """Everything of the parameter's shape that belongs to it: itself, its master, its moments.
 
