@@ -60,10 +60,11 @@ def need_of(model: Model, new: dict[int, list[int]], layer: int) -> int:
     return transfer.spare_bytes_of(tensors, moves, len(tensors[0]), dist.get_world_size())
 
 
-def migrate_beside_compute(num_cases: int, slow_rank: int | None) -> None:
+def migrate_beside_compute(num_cases: int, slow_rank: int | None, path: str = "auto") -> None:
     """Random maps over several layers; this rank computes, and another one may be late."""
     rank = dist.get_rank()
-    migrator = Migrator(timeout_s=30)
+    migrator = Migrator(timeout_s=30, path=path)
+    assert path in ("auto", migrator.path)
     for case in range(num_cases):
         model = Model(case)
         new = model.random_maps()
@@ -240,6 +241,7 @@ def test_what_does_not_fit_raises_on_every_rank(kind: str, message: str) -> None
         assert seconds < 10
 
 
+@gloo_only  # copies between GPUs do not go through what is slowed down
 @needs_ranks(3)
 def test_a_slow_transfer_is_waited_for() -> None:
     results = run_ranks(fail_and_stay_intact, 3, "slow transfer", 30.0, run_timeout_s=60)

@@ -19,9 +19,11 @@ from dualpipe_ext.training.compare import (
 from tests.training.test_trainer import CONFIG, TEXT
 
 
-def go_on_in_both_ways(config: TrainConfig) -> tuple[float, float, float, float]:
+def go_on_in_both_ways(
+    config: TrainConfig, where: str = "cpu"
+) -> tuple[float, float, float, float]:
     """Loss and balance of the step after the run: of the run itself, and without balancing."""
-    device = torch.device("cpu")
+    device = torch.device(where)
     trainer = Trainer(config, TEXT, device=device)
     for _ in range(config.steps):
         trainer.step()

@@ -52,14 +52,16 @@ def replicas_equal(trainer: Trainer) -> bool:
     return True
 
 
-def watch_a_run(config: TrainConfig, steps: int) -> dict[str, list[Any]]:
-    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
-    seen: dict[str, list[Any]] = {"moved": [], "switched": [], "rebalance": [], "equal": []}
+def watch_a_run(config: TrainConfig, steps: int, device: str = "cpu") -> dict[str, list[Any]]:
+    trainer = Trainer(config, TEXT, device=torch.device(device))
+    names = ("loss", "moved", "switched", "rebalance", "equal")
+    seen: dict[str, list[Any]] = {name: [] for name in names}
     for _ in range(steps):
         before = trainer.balancer.placement.phy2log
         report = trainer.step()
         after = trainer.balancer.placement.phy2log
         seen["switched"].append((before != after).any(1).nonzero().flatten().tolist())
+        seen["loss"].append(report.loss)
         seen["moved"].append(report.moved_bytes)
         seen["rebalance"].append(report.rebalance)
         seen["equal"].append(replicas_equal(trainer))
@@ -97,9 +99,9 @@ def test_a_small_budget_spreads_a_rebalancing_over_steps() -> None:
     assert seen["rebalance"][:2] == [1, 0]  # no new plan while one is being carried out
 
 
-def optimizer_state_follows(config: TrainConfig) -> int:
+def optimizer_state_follows(config: TrainConfig, device: str = "cpu") -> int:
     """What every expert has before a switch it has after it, apart from the step in between."""
-    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    trainer = Trainer(config, TEXT, device=torch.device(device))
     balancer = trainer.balancer
     trainer.step()
     trainer.step()
