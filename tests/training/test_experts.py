@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.eplb import transfer
+from dualpipe_ext.eplb.migrator import DEFAULT_SPARE_BYTES
 from dualpipe_ext.errors import DualPipeError, WorkerFailedError
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.training import TrainConfig, Trainer
-from tests.training.test_trainer import CONFIG, TEXT
+from tests.training.test_trainer import CONFIG, ONE, TEXT, drift
 
 MOVING = replace(CONFIG, redundant_experts=4, rebalance_every=2)
 
@@ -58,7 +59,7 @@ def watch_a_run(config: TrainConfig, steps: int, device: str = "cpu") -> dict[st
     seen: dict[str, list[Any]] = {name: [] for name in names}
     for _ in range(steps):
         before = trainer.balancer.placement.phy2log
-        report = trainer.step()
+        report = drift(trainer).step()
         after = trainer.balancer.placement.phy2log
         seen["switched"].append((before != after).any(1).nonzero().flatten().tolist())
         seen["loss"].append(report.loss)
@@ -87,6 +88,15 @@ def test_experts_move_and_replicas_stay_equal(changes) -> None:
     assert sum(sum(seen["moved"]) for seen in results) > 0
 
 
+@pytest.mark.parametrize("spare_bytes", [0, DEFAULT_SPARE_BYTES])
+def test_losses_are_those_of_one_process_without_replicas(spare_bytes: int) -> None:
+    (one,) = run_ranks(watch_a_run, 1, ONE, 9, run_timeout_s=120)
+    config = replace(MOVING, spare_bytes=spare_bytes)
+    for seen in run_ranks(watch_a_run, 4, config, 9, run_timeout_s=120):
+        assert seen["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert sum(seen["moved"]) > 0
+
+
 def test_a_small_budget_spreads_a_rebalancing_over_steps() -> None:
     config = replace(MOVING, spare_bytes=0, rebalance_every=1)
     seen = run_ranks(watch_a_run, 4, config, 3, run_timeout_s=120)[0]
@@ -103,8 +113,8 @@ def optimizer_state_follows(config: TrainConfig, device: str = "cpu") -> int:
     """What every expert has before a switch it has after it, apart from the step in between."""
     trainer = Trainer(config, TEXT, device=torch.device(device))
     balancer = trainer.balancer
-    trainer.step()
-    trainer.step()
+    drift(trainer).step()
+    drift(trainer).step()
     before = by_expert(trainer)
     balancer.wait_for_moves()
     moved = balancer.finish_moves()  # no gradients are there: nothing but the moves
@@ -135,7 +145,7 @@ def train_with_a_slow_transfer(config: TrainConfig, delay_s: float) -> tuple[lis
 
     transfer.exchange = slow
     trainer = Trainer(config, TEXT, device=torch.device("cpu"))
-    reports = [trainer.step() for _ in range(5)]
+    reports = [drift(trainer).step() for _ in range(5)]
     trainer.close()
     return [r.loss for r in reports], max(r.moves_wait_s for r in reports)
 
@@ -154,9 +164,9 @@ def die_while_experts_move(config: TrainConfig, folder: Path) -> None:
     rank, balancer = dist.get_rank(), trainer.balancer
     if rank == 1:
         transfer.exchange = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    trainer.step()
+    drift(trainer).step()
     old = balancer.placement
-    trainer.step()
+    drift(trainer).step()
     if rank != 0:
         time.sleep(10)
         return
