@@ -89,7 +89,8 @@ def test_a_longer_run_stays_with_one_process(dtype, bound):
     assert many[-1] < many[0] - 1.5
 
 
-def resume_in_the_middle(config: TrainConfig, split: int, steps: int) -> tuple[list, list]:
+def resume_in_the_middle(config: TrainConfig, split: int, steps: int) -> list[tuple]:
+    """What the two ways through a run leave behind: losses, maps, and every bit of the weights."""
     device = torch.device("cpu")
     straight = Trainer(config, TEXT, device=device)
     expected = [drift(straight).step().loss for _ in range(steps)]
@@ -99,20 +100,28 @@ def resume_in_the_middle(config: TrainConfig, split: int, steps: int) -> tuple[l
     assert (first.balancer.target is not None) == (split == 3 or config.spare_bytes == 0)
     second = Trainer(config, TEXT, device=device)
     second.load_state_dict(first.state_dict())
-    return expected[split:], [drift(second).step().loss for _ in range(steps - split)]
+    resumed = [drift(second).step().loss for _ in range(steps - split)]
+    return [
+        (
+            losses,
+            trainer.balancer.placement.phy2log.tolist(),
+            [p.tolist() for p in trainer._parameters.values()],
+        )
+        for losses, trainer in ((expected[split:], straight), (resumed, second))
+    ]
 
 
 @pytest.mark.parametrize(
-    ("split", "spare_bytes"),
+    ("split", "steps", "spare_bytes"),
     [
-        (4, DEFAULT_SPARE_BYTES),
-        (3, DEFAULT_SPARE_BYTES),  # just after the plan: all is on its way
-        (4, 0),  # one layer of each rank has switched, the other is on its way
+        (4, 8, DEFAULT_SPARE_BYTES),
+        (3, 5, DEFAULT_SPARE_BYTES),  # just after the plan: all is on its way
+        (4, 5, 0),  # one layer of each rank has switched, the other is on its way
     ],
 )
-def test_a_resumed_trainer_repeats_the_losses_bit_for_bit(split, spare_bytes):
+def test_a_resumed_trainer_repeats_the_run_bit_for_bit(split, steps, spare_bytes):
     config = replace(CONFIG, redundant_experts=4, rebalance_every=3, spare_bytes=spare_bytes)
-    results = run_ranks(resume_in_the_middle, 4, config, split, 8, run_timeout_s=120)
+    results = run_ranks(resume_in_the_middle, 4, config, split, steps, run_timeout_s=120)
     for expected, resumed in results:
         assert expected == resumed
 
