@@ -97,12 +97,7 @@ def reduce_replica_grads(
         for peer, message in sorted(receives.items())
     ]
     for i, grad in enumerate(grads):
-        shares = torch.cat([grad.index_select(0, plan.rows), *(parts[i] for parts in received)])
-        shares = shares.to(torch.promote_types(grad.dtype, torch.float32))
-        total = shares.index_select(0, plan.terms[0])
-        for term in plan.terms[1:]:
-            total[: len(term)] += shares.index_select(0, term)
-        grad.index_copy_(0, plan.targets, total.index_select(0, plan.which).to(grad.dtype))
+        plan.sum(grad, [parts[i] for parts in received])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +123,15 @@ class _Plan:
     targets: Tensor
     which: Tensor
     terms: tuple[Tensor, ...]
+
+    def sum(self, grad: Tensor, received: Sequence[Tensor]) -> None:
+        """Put the sums into ``grad``, given the rows that have come, by peer."""
+        shares = torch.cat([grad.index_select(0, self.rows), *received])
+        shares = shares.to(torch.promote_types(grad.dtype, torch.float32))
+        total = shares.index_select(0, self.terms[0])
+        for term in self.terms[1:]:
+            total[: len(term)] += shares.index_select(0, term)
+        grad.index_copy_(0, self.targets, total.index_select(0, self.which).to(grad.dtype))
 
 
 @lru_cache(maxsize=1024)  # a map stays for many steps, and there is one for each layer

@@ -236,21 +236,14 @@ def carry(
     def prepare() -> tuple[dict[int, StagedLayer], dict[str, object]]:
         carrier.begin()
         tensors, moves, same = _planned(collect(), num_ranks)
-        same["spare_bytes"] = spare_bytes
-        taken = tuple(moves)
-        if spare_bytes is not None:
-            need = {
-                layer: spare_bytes_of(tensors[layer], some, len(tensors[layer][0]), num_ranks)
-                for layer, some in moves.items()
-            }
-            taken = layers_that_fit(need, spare_bytes)
+        taken = _taken(tensors, moves, num_ranks, spare_bytes)
         staged = {
             layer: StagedLayer(
                 tensors[layer], moves[layer], carrier, num_ranks=num_ranks, rank=rank
             )
             for layer in taken
         }
-        return staged, same
+        return staged, {**same, "spare_bytes": spare_bytes}
 
     agreement = Agreement("the migration", group, timeout_s)
     on_phase("agreeing to begin")
@@ -285,6 +278,22 @@ def _planned(
         layout.append([(tensor.dtype, tensor.shape) for tensor in change.tensors])
     same = {"old map": maps[0], "new map": maps[1], "tensor shapes and dtypes": layout}
     return tensors, moves, same
+
+
+def _taken(
+    tensors: Mapping[int, Sequence[Tensor]],
+    moves: Mapping[int, Sequence[Move]],
+    num_ranks: int,
+    spare_bytes: int | None,
+) -> tuple[int, ...]:
+    """The layers that this wave takes."""
+    if spare_bytes is None:
+        return tuple(moves)
+    need = {
+        layer: spare_bytes_of(tensors[layer], some, len(tensors[layer][0]), num_ranks)
+        for layer, some in moves.items()
+    }
+    return layers_that_fit(need, spare_bytes)
 
 
 def _check_tensors(tensors: Sequence[Tensor], per_rank: int) -> None:
