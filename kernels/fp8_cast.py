@@ -9,6 +9,7 @@ B blocks: a tensor [T, H] has T * H / 128 of them, one after the other in memory
 from __future__ import annotations
 
 import torch
+from dualpipe_ext.kernels.fp8_format import BLOCK, E4M3_MAX
 from torch import Tensor
 
 try:
@@ -17,8 +18,6 @@ try:
 except ImportError:  # not on every platform that torch runs on
     triton = None
 
-BLOCK = 128
-E4M3_MAX = 448.0
 # The first GPUs with instructions for FP8; Triton compiles float8_e4m3fn for no older ones.
 MIN_CAPABILITY = (8, 9)
 QUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,6 +119,28 @@ def dequantize_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
 if triton is not None:
 
     @triton.jit
+    def largest_magnitude(x, axis: tl.constexpr, SMALLEST_AMAX: tl.constexpr):  # noqa: N803
+        """Bits of the largest magnitude of float32 ``x`` along ``axis``, or of SMALLEST_AMAX."""
+        # Magnitudes are ordered like their bits, and NaN above them all: unlike a maximum of
+        # floats, that of the bits does not lose it.
+        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(magnitude, axis=axis)
+        smallest = tl.full(largest.shape, SMALLEST_AMAX, tl.float32).to(tl.int32, bitcast=True)
+        return tl.maximum(largest, smallest)
+
+    @triton.jit
+    def pow2_scales_of(bits):
+        """``fp8_format.power_of_two_scales`` of magnitudes that are given as their bits."""
+        # The smallest 2^e with amax <= 448 * 2^e; 448 is 1.75 * 2^8. The fraction decides
+        # whether to round up. No arithmetic, so nothing is rounded.
+        exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        # torch.frexp finds exponent 0 in infinity and NaN, and only infinity is above 0.875.
+        exponent = tl.where(bits == 0x7F800000, 127 - 8, exponent)
+        exponent = tl.where(bits > 0x7F800000, 127 - 9, exponent)
+        scales = (exponent << 23).to(tl.float32, bitcast=True)
+        return scales, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def _quantize_kernel(
         x_ptr,
         values_ptr,
@@ -136,20 +157,9 @@ if triton is not None:
         inside = block < num_blocks
         at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + at, inside[:, None], other=0.0).to(tl.float32)
-        # Magnitudes are ordered like their bits, and NaN above them all: unlike a maximum of
-        # floats, that of the bits does not lose it.
-        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        smallest = tl.full([BLOCKS], SMALLEST_AMAX, tl.float32).to(tl.int32, bitcast=True)
-        bits = tl.maximum(tl.max(magnitude, axis=1), smallest)
+        bits = largest_magnitude(x, 1, SMALLEST_AMAX)
         if POW2:
-            # The smallest 2^e with amax <= 448 * 2^e; 448 is 1.75 * 2^8. The fraction decides
-            # whether to round up. No arithmetic, so nothing is rounded.
-            exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-            # torch.frexp finds exponent 0 in infinity and NaN, and only infinity is above 0.875.
-            exponent = tl.where(bits == 0x7F800000, 127 - 8, exponent)
-            exponent = tl.where(bits > 0x7F800000, 127 - 9, exponent)
-            scales = (exponent << 23).to(tl.float32, bitcast=True)
-            inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+            scales, inverse = pow2_scales_of(bits)
         else:
             amax = bits.to(tl.float32, bitcast=True)
             scales = amax * (1.0 / E4M3_MAX)

@@ -40,6 +40,13 @@ def command(
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: the end only.", rich_help_panel=_RUN)
     ] = 0,
+    compare_unbalanced: Annotated[
+        bool,
+        typer.Option(
+            help="Then take some steps without replicas and re-placement; show both step times.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything.", rich_help_panel=_RUN)] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = 3e-3,
     batch: Annotated[
@@ -101,9 +108,18 @@ def command(
     rebalance_every: Annotated[
         int,
         typer.Option(
-            help="Steps between re-placements of the experts; 0: never.", rich_help_panel=_PARALLEL
+            help="Steps after which a new placement of the experts is planned, and taken if that "
+            "pays; 0: never.",
+            rich_help_panel=_PARALLEL,
         ),
     ] = 50,
+    spare_mib: Annotated[
+        int,
+        typer.Option(
+            help="Memory for experts on their way, in MiB; at least one layer goes at a time.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = 256,
     timeout_s: Annotated[
         float,
         typer.Option(help="Longest wait for another rank, in seconds.", rich_help_panel=_PARALLEL),
@@ -122,6 +138,17 @@ def command(
     top_k: Annotated[
         int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
     ] = None,
+    expert_hidden: Annotated[
+        int | None, typer.Option(help="Inner width of an expert.", rich_help_panel=_MODEL)
+    ] = None,
+    fp8_experts: Annotated[
+        bool,
+        typer.Option(
+            "--fp8-experts",
+            help="Multiply in FP8 in the experts; width and inner width are multiples of 128.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
 ) -> None:
     """Train a Mixture-of-Experts language model under DualPipe with expert parallelism.
 
@@ -131,6 +158,7 @@ def command(
     # Here, not at the top: --help must not wait for torch.
     from dualpipe_ext.models import PRESETS
     from dualpipe_ext.training import RunOptions, TrainConfig
+    from dualpipe_ext.training.compare import unbalanced
 
     on_gpus, num_ranks = _machine()
     pp, ep = _grid(pp, ep, on_gpus=on_gpus, num_ranks=num_ranks)
@@ -144,6 +172,8 @@ def command(
             num_layers=layers,
             num_experts=experts,
             top_k=top_k,
+            expert_hidden=expert_hidden,
+            fp8_experts=fp8_experts,
             memory_level=memory_level,
         ),
         schedule=schedule.lower(),
@@ -157,6 +187,7 @@ def command(
         warmup=min(20, steps // 4),
         redundant_experts=2 * ep if redundant_experts is None else redundant_experts,
         rebalance_every=rebalance_every,
+        spare_bytes=spare_mib << 20,
         transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
         dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
         ema=ema,
@@ -164,10 +195,16 @@ def command(
         seed=seed,
         timeout_s=timeout_s,
     )
+    if compare_unbalanced:
+        unbalanced(config)  # raises here rather than at the end of the run
     _check_data(data, config.seq_len)
     resume = None if resume is None else _checked_checkpoint(resume, config)
     options = RunOptions(
-        out=_checked_out(out, resume), data=data, resume=resume, save_every=save_every
+        out=_checked_out(out, resume),
+        data=data,
+        resume=resume,
+        save_every=save_every,
+        compare_unbalanced=compare_unbalanced,
     )
     # The last check, so that whatever is wrong leaves nothing behind.
     if os.environ.get("RANK", "0") == "0":

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128
-E4M3_MAX = 448.0
-# Blocks below this are treated as if this were their largest value: keeps 448 / amax finite in
-# float32 and gives an all-zero block a scale that is not zero. Far below any activation.
-SMALLEST_AMAX = 2.0**-100
+from dualpipe_ext.kernels.fp8_format import (
+    BLOCK,
+    E4M3_MAX,
+    SMALLEST_AMAX,
+    power_of_two_scales,
+)
 
 
 class Quantized(NamedTuple):
@@ -56,11 +57,7 @@ def quantize(x: Tensor, *, pow2_scales: bool = False) -> Quantized:
     blocks = _blocks(x).float()
     amax = blocks.abs().amax(dim=-1).clamp_min(SMALLEST_AMAX)
     if pow2_scales:
-        # The smallest 2^e with amax <= 448 * 2^e, without rounding: 448 is 0.875 * 2^9.
-        mantissa, exponent = torch.frexp(amax)
-        exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
-        scales = torch.ldexp(torch.ones_like(amax), exponent)
-        inverse = torch.ldexp(torch.ones_like(amax), -exponent)
+        scales, inverse = power_of_two_scales(amax)
     else:
         # Times the reciprocal: by a number, torch divides on the CPU but multiplies by its
         # reciprocal on CUDA, and the results would differ in the last bit.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext import core
-from dualpipe_ext.ep.transport import TransportConfig
+from dualpipe_ext.ep.transport import Ranks, TransportConfig
 from dualpipe_ext.errors import CommTimeoutError
 
 
@@ -29,11 +29,13 @@ class PeerMemory:
     """uint8 [bytes], zero at first."""
     addresses: list[int]
     """[R], where every rank's memory is in this process."""
+    everyone: list[Tensor]
+    """[R], the same as tensors: a copy into one of them is a copy between GPUs."""
     keep: object
     """What must live as long as the addresses are used."""
 
 
-def allocate(num_bytes: int, config: TransportConfig) -> PeerMemory:
+def allocate(num_bytes: int, config: Ranks) -> PeerMemory:
     """Allocate on the current device, on all ranks; zeroed everywhere before any rank returns.
 
     Args:
@@ -44,9 +46,9 @@ def allocate(num_bytes: int, config: TransportConfig) -> PeerMemory:
         own = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         torch.cuda.synchronize()
         if config.local is None:
-            return PeerMemory(own, [own.data_ptr()], None)
+            return PeerMemory(own, [own.data_ptr()], [own], None)
         everyone = config.local.gather(own)
-        return PeerMemory(own, [memory.data_ptr() for memory in everyone], everyone)
+        return PeerMemory(own, [memory.data_ptr() for memory in everyone], everyone, None)
     # Only here: it is a private module of torch.
     from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -55,10 +57,14 @@ def allocate(num_bytes: int, config: TransportConfig) -> PeerMemory:
     own.zero_()
     torch.cuda.synchronize()
     meet(config)
-    return PeerMemory(own, list(handle.buffer_ptrs), handle)
+    everyone = [
+        own if rank == config.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8)
+        for rank in range(config.num_ranks)
+    ]
+    return PeerMemory(own, list(handle.buffer_ptrs), everyone, handle)
 
 
-def meet(config: TransportConfig) -> None:
+def meet(config: Ranks) -> None:
     """Wait on the host until every rank is here.
 
     Raises:
@@ -104,7 +110,7 @@ class _Site:
     """What the layout of the memory follows from."""
 
 
-def unavailable(config: TransportConfig) -> str | None:
+def unavailable(config: Ranks) -> str | None:
     """Why the ranks cannot reach each other's memory, in one line; None if they can.
 
     All ranks come to the same answer: each learns the others' findings first.
@@ -136,7 +142,9 @@ def unavailable(config: TransportConfig) -> str | None:
     return next((reason for found in everyone for reason in found), None)
 
 
-def _settings(config: TransportConfig) -> tuple[object, ...]:
+def _settings(config: Ranks) -> tuple[object, ...]:
+    if not isinstance(config, TransportConfig):
+        return ()
     c = config
     return (c.hidden, c.num_experts, c.top_k, c.max_tokens, str(c.dtype), c.num_slabs)
 

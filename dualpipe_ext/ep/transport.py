@@ -25,25 +25,31 @@ from dualpipe_ext.errors import DualPipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransportConfig:
-    """What a ``Buffer`` was constructed with; equal on all ranks but for ``rank``."""
+class Ranks:
+    """The ranks that share something; equal on all of them but for ``rank``."""
 
     group: dist.ProcessGroup | None
     """None: one rank, no process group needed; or virtual ranks, see ``local``."""
     rank: int
     num_ranks: int
+    timeout_s: float
+    local: LocalRank | None = None
+    """This rank's place among virtual ranks of one process; None for a process per rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportConfig(Ranks):
+    """What a ``Buffer`` was constructed with; equal on all ranks but for ``rank``."""
+
     hidden: int
     num_experts: int
     top_k: int
     max_tokens: int
     num_sms: int | None
-    timeout_s: float
     dtype: torch.dtype = torch.bfloat16
     """The widest row dtype: communication memory is sized for it."""
     num_slabs: int = 1
     """Zero-copy outputs that can be alive at once."""
-    local: LocalRank | None = None
-    """This rank's place among virtual ranks of one process; None for a process per rank."""
 
     @property
     def num_local_experts(self) -> int:

@@ -46,7 +46,24 @@ def row_bytes(tensor: Tensor) -> int:
 
 def new_message(tensors: Sequence[Tensor], num_rows: int, device: torch.device) -> Tensor:
     """A buffer [N] uint8 for ``num_rows`` rows of every tensor."""
-    return torch.empty(sum(_section_sizes(tensors, num_rows)), dtype=torch.uint8, device=device)
+    return torch.empty(message_bytes(tensors, num_rows), dtype=torch.uint8, device=device)
+
+
+def message_bytes(tensors: Sequence[Tensor], num_rows: int) -> int:
+    """N: what ``num_rows`` rows of every tensor take in a message, a multiple of 16."""
+    return sum(_section_sizes(tensors, num_rows))
+
+
+def index_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """``values`` as int64 on ``device``, without waiting for its stream."""
+    return on_device(torch.tensor(values, dtype=torch.int64), device)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on ``device``. A copy from pageable memory would wait for the stream."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sections(message: Tensor, tensors: Sequence[Tensor], num_rows: int) -> list[Tensor]:
@@ -63,7 +80,7 @@ def pack(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """Copy the given rows of every tensor into a new message on the tensors' device."""
     device = tensors[0].device
     message = new_message(tensors, len(rows), device)
-    index = torch.tensor(rows, device=device)
+    index = index_on(rows, device)
     for tensor, section in zip(tensors, sections(message, tensors, len(rows)), strict=True):
         as_integers(section).copy_(as_integers(tensor).index_select(0, index))
     return message
@@ -229,13 +246,25 @@ def _wait_for_stream(
     timeout_s: float,
     what: str,
 ) -> None:
+    peers = sorted({op.group_peer for op in ops})
     done = torch.cuda.Event()
     done.record()
-    while not done.query():
+    wait_for_event(
+        done,
+        deadline - time.monotonic(),
+        f"rank {dist.get_rank(group)}: expected to exchange {what} with ranks {peers} "
+        f"within {timeout_s:g} s, got no answer from at least one of them",
+    )
+
+
+def wait_for_event(event: torch.cuda.Event, timeout_s: float, late: str) -> None:
+    """Wait on the host for a point of a stream, with a bound and without holding up other threads.
+
+    Raises:
+        CommTimeoutError: it did not come; ``late`` is the message.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not event.query():
         if time.monotonic() > deadline:
-            peers = sorted({op.group_peer for op in ops})
-            raise CommTimeoutError(
-                f"rank {dist.get_rank(group)}: expected to exchange {what} with ranks {peers} "
-                f"within {timeout_s:g} s, got no answer from at least one of them"
-            )
+            raise CommTimeoutError(late)
         time.sleep(2e-4)

@@ -7,12 +7,17 @@ Shapes: L layers, E logical experts, T tokens, K top-k.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+
+_POLL_S = 2e-4
 
 
 def count_experts(topk_idx: Tensor, num_experts: int) -> Tensor:
@@ -106,29 +111,41 @@ class LoadMonitor:
         """[L, E] float32, tokens per step on this rank; zeros before the first ``step``."""
         return self._mean().float()
 
-    @torch.no_grad()
-    def loads(self, *, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Tokens per step, summed over the group: a collective call.
-
-        The sum is taken in rank order on every rank, so all of them get the same bits and, from
-        them, the same plan. Without ``torch.distributed`` it is :meth:`local_loads`.
+    def loads(self, *, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0) -> Tensor:
+        """Tokens per step, summed over the group: :meth:`start_loads`, waited for at once.
 
         Args:
             group: ranks to sum over, by default the monitor's.
+            timeout_s: longest wait for the other ranks, in seconds.
 
         Returns:
             [L, E] float32 on the monitor's device.
+
+        Raises:
+            as :meth:`PendingLoads.wait`.
         """
-        if not dist.is_initialized():
-            return self.local_loads()
-        group = self.group if group is None else group
+        return self.start_loads(group=group).wait(timeout_s)
+
+    @torch.no_grad()
+    def start_loads(self, *, group: dist.ProcessGroup | None = None) -> PendingLoads:
+        """Begin to sum tokens per step over the group: a collective call that does not wait.
+
+        Call it after a step and take the result after the next one, say: the exchange then is not
+        on anybody's way. What is recorded meanwhile does not count.
+
+        Args:
+            group: ranks to sum over, by default the monitor's. A group that nobody else uses, or
+                what is called on it next waits behind this.
+        """
         mean = self._mean()
+        if not dist.is_initialized():
+            return PendingLoads(mean[None], None, 0)
+        group = self.group if group is None else group
         everyone = mean.new_empty(dist.get_world_size(group), *mean.shape)
-        dist.all_gather_into_tensor(everyone.view(-1, mean.shape[1]), mean, group=group)
-        total = torch.zeros_like(mean)
-        for part in everyone:
-            total += part
-        return total.float()
+        work = dist.all_gather_into_tensor(
+            everyone.view(-1, mean.shape[1]), mean, group=group, async_op=True
+        )
+        return PendingLoads(everyone, work, dist.get_rank(group), keep=mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on with the same bits."""
@@ -160,3 +177,58 @@ class LoadMonitor:
 
     def _mean(self) -> Tensor:
         return self._sums / self._weight if self._weight else self._sums.clone()
+
+
+class PendingLoads:
+    """Loads that are being summed over ranks; made by :meth:`LoadMonitor.start_loads`.
+
+    Shapes: R ranks, L layers, E experts.
+    """
+
+    def __init__(
+        self, everyone: Tensor, work: dist.Work | None, rank: int, *, keep: Tensor | None = None
+    ) -> None:
+        """``everyone`` [R, L, E] is filled by ``work``; ``keep`` is what that reads."""
+        self._everyone, self._work, self._rank, self._keep = everyone, work, rank, keep
+
+    def done(self) -> bool:
+        """Whether :meth:`wait` would return at once."""
+        return self._work is None or self._work.is_completed()
+
+    @torch.no_grad()
+    def wait(self, timeout_s: float = 60.0) -> Tensor:
+        """The sum. May be called again.
+
+        It is taken in rank order on every rank, so all of them get the same bits and, from them,
+        the same plan.
+
+        Args:
+            timeout_s: longest wait for the other ranks, in seconds.
+
+        Returns:
+            [L, E] float32, tokens per step over all ranks, on the monitor's device.
+
+        Raises:
+            CommTimeoutError: not all ranks have taken part in time.
+            DualPipeError: a rank has gone away.
+        """
+        if self._work is not None:
+            self._finish(self._work, timeout_s)
+            self._work = self._keep = None
+        total = torch.zeros_like(self._everyone[0])
+        for part in self._everyone:
+            total += part
+        return total.float()
+
+    def _finish(self, work: dist.Work, timeout_s: float) -> None:
+        expected = f"rank {self._rank}: expected the loads of all ranks"
+        deadline = time.monotonic() + timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise CommTimeoutError(f"{expected} within {timeout_s:g} s, got no answer")
+            time.sleep(_POLL_S)
+        try:
+            work.wait()  # it has ended: orders the current stream, raises what went wrong
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DualPipeError(f"{expected}, got a lost connection ({reason})") from error

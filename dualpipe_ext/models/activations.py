@@ -24,7 +24,7 @@ def kept_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> dict[str,
         itemsize: bytes per value of the model's dtype. Routing and the statistics of attention are
             kept in float32 at least.
     """
-    plan = MemoryPlan.of_level(config.memory_level)
+    plan, fp8 = MemoryPlan.of_level(config.memory_level), config.fp8_experts
     hidden, wide = config.hidden, max(4, itemsize)
     rows, inner, shared = config.top_k, config.expert_hidden, config.shared_hidden
 
@@ -43,9 +43,9 @@ def kept_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> dict[str,
         "MoE input": plain(hidden),
         "MoE norm": plain(hidden, unless=plan.recompute),
         "router scores": config.num_experts * wide,
-        "expert rows": quantised(rows * hidden, when=plan.fp8_rows),
+        "expert rows": quantised(rows * hidden, when=plan.fp8_rows or fp8),
         "gate and up": quantised(rows * 2 * inner, when=plan.fp8_swiglu),
-        "activated": plain(rows * inner, unless=plan.recompute),
+        "activated": 0 if plan.recompute else quantised(rows * inner, when=fp8),
         "expert outputs": plain(rows * hidden, unless=plan.weighted_experts),
         "shared gate and up": quantised(2 * shared, when=plan.fp8_swiglu),
         "shared activated": plain(shared, unless=plan.recompute),

@@ -28,6 +28,8 @@ class ModelConfig:
         rope_base: base of the rotary position embedding.
         memory_level: which activations are kept for the backward, 0 (all) to 3 (fewest); see
             :class:`dualpipe_ext.memory.MemoryPlan`. No size, and nothing of the parameters.
+        fp8_experts: multiply in FP8 in the routed experts, forward and backward; ``hidden`` and
+            ``expert_hidden`` are then multiples of 128.
     """
 
     vocab_size: int = 256
@@ -43,11 +45,12 @@ class ModelConfig:
     route_scale: float = 2.5
     rope_base: float = 10_000.0
     memory_level: int = 1
+    fp8_experts: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value <= 0 and field.name not in ("shared_hidden", "memory_level"):
+            if value <= 0 and field.name not in ("shared_hidden", "memory_level", "fp8_experts"):
                 raise ValueError(f"expected a positive {field.name}, got {value}")
         _expect_divides("num_heads", self.num_heads, "hidden", self.hidden)
         if (self.hidden // self.num_heads) % 2:
@@ -67,7 +70,12 @@ class ModelConfig:
                 f"expected top_k of at most {reachable} "
                 f"(the experts in {self.top_groups} groups), got {self.top_k}"
             )
-
+        for name in ("hidden", "expert_hidden") if self.fp8_experts else ():
+            if getattr(self, name) % BLOCK:
+                raise ValueError(
+                    f"expected {name} to be a multiple of {BLOCK} for fp8_experts, "
+                    f"got {getattr(self, name)}"
+                )
         self._check_memory_level()
 
     def _check_memory_level(self) -> None:

@@ -16,6 +16,7 @@ from dualpipe_ext.memory import MemoryPlan, in_fp8, saved_as
 from dualpipe_ext.models.config import ModelConfig
 from dualpipe_ext.models.layers import Attention, RMSNorm, SharedExpert, kept_swiglu
 from dualpipe_ext.models.router import Router
+from dualpipe_ext.pipeline.fp8_linear import grouped_linear_fp8
 from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.weight_grad import grouped_linear
 
@@ -27,6 +28,7 @@ class Experts(nn.Module):
         super().__init__()
         hidden, inner = config.hidden, config.expert_hidden
         self.memory = MemoryPlan.of_level(config.memory_level)
+        self.fp8 = config.fp8_experts
         self.gate_up = nn.Parameter(torch.empty(num_local_slots, hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(num_local_slots, inner, hidden))
 
@@ -41,11 +43,13 @@ class Experts(nn.Module):
         Returns:
             [M, H].
         """
-        keeps_fp8 = self.memory.fp8_rows and torch.is_grad_enabled()
+        multiply = grouped_linear_fp8 if self.fp8 else grouped_linear
+        # The FP8 layer keeps its rows in FP8 by itself.
+        keeps_fp8 = self.memory.fp8_rows and not self.fp8 and torch.is_grad_enabled()
         kept_rows = in_fp8(rows) if keeps_fp8 else None
-        gate_up = grouped_linear(rows, self.gate_up, offsets, kept=kept_rows)
+        gate_up = multiply(rows, self.gate_up, offsets, kept=kept_rows)
         activated, kept_activated = kept_swiglu(gate_up, weights, self.memory)
-        return grouped_linear(activated, self.down, offsets, kept=kept_activated)
+        return multiply(activated, self.down, offsets, kept=kept_activated)
 
 
 class MoELayer(nn.Module):

@@ -71,8 +71,8 @@ class WeightGradStore:
         self._closures.clear()
 
 
-def _weight_grad(
-    weight: Tensor, compute: Callable[[Tensor], Tensor], kept: _KeptInput, saved: Sequence[Tensor]
+def take_or_defer(
+    weight: Tensor, compute: Callable[[Any], Tensor], kept: KeptInput, saved: Sequence[Tensor]
 ) -> Tensor | None:
     """The gradient for autograd to take now, or None if it was deferred.
 
@@ -80,7 +80,9 @@ def _weight_grad(
     leads to it in this very backward.
 
     Args:
-        compute: the gradient from the layer's input, which is restored from ``saved``.
+        compute: the gradient from the layer's input, which is restored when it is needed.
+        kept: how the input was kept.
+        saved: what ``kept.take()`` gave, back from autograd.
     """
     if _deferred is None or not weight.is_leaf:
         return compute(kept.restore(saved))
@@ -95,27 +97,32 @@ def _weight_grad(
     return None
 
 
-class _KeptInput:
-    """The way back to a layer's input from the tensors that its node of the graph saved."""
+class KeptInput:
+    """What a node of the graph saves of a layer's input, and the way back to it."""
 
-    __slots__ = ("_dtype", "_nbytes", "_restore", "_tensors")
+    __slots__ = ("_nbytes", "_restore", "_tensors")
 
-    def __init__(self, x: Tensor, kept: Kept | None) -> None:
-        """``x`` is what the layer multiplies; without ``kept`` it is kept as it is."""
-        self._tensors = (x,) if kept is None else kept.tensors
-        self._restore = None if kept is None else kept.restore
-        self._dtype, self._nbytes = x.dtype, x.nbytes
+    def __init__(
+        self, tensors: Sequence[Tensor], restore: Callable[..., Any], *, nbytes: int
+    ) -> None:
+        """
+        Args:
+            tensors: what is to be saved.
+            restore: ``restore(*tensors)`` gives the input as the weight gradient needs it; it
+                refers to no tensor itself.
+            nbytes: size of what that gives.
+        """
+        self._tensors, self._restore, self._nbytes = tuple(tensors), restore, nbytes
 
     def take(self) -> tuple[Tensor, ...]:
         """What is to be saved, which this forgets: the node outlives what it saved."""
         tensors, self._tensors = self._tensors, ()
         return tensors
 
-    def restore(self, saved: Sequence[Tensor]) -> Tensor:
-        x = saved[0] if self._restore is None else self._restore(*saved)
-        return x.to(self._dtype)
+    def restore(self, saved: Sequence[Tensor]) -> Any:
+        return self._restore(*saved)
 
-    def waiting(self, saved: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def waiting(self, saved: Sequence[Tensor]) -> Callable[[], Any]:
         """:meth:`restore` for later. What waits is the input itself if that takes less memory."""
         # The largest, not the sum: parameters among them are there anyway.
         if max(tensor.nbytes for tensor in saved) <= self._nbytes:
@@ -124,7 +131,19 @@ class _KeptInput:
         return lambda: x
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _kept_input(x: Tensor, kept: Kept | None) -> KeptInput:
+    """``x`` is what the layer multiplies; without ``kept`` it is kept as it is."""
+    if kept is None:
+        return KeptInput((x,), _as_it_is, nbytes=x.nbytes)
+    restore, dtype = kept.restore, x.dtype  # not kept or x, which would live on in the node
+    return KeptInput(kept.tensors, lambda *saved: restore(*saved).to(dtype), nbytes=x.nbytes)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute in, which leaves float64 alone as autocast does."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -147,7 +166,7 @@ class _Linear(torch.autograd.Function):
         # the parameter itself.
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         x = x.to(dtype)
-        ctx.kept = _KeptInput(x, kept)
+        ctx.kept = _kept_input(x, kept)
         ctx.save_for_backward(weight, *ctx.kept.take())
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -166,7 +185,7 @@ class _Linear(torch.autograd.Function):
             def compute(x: Tensor) -> Tensor:
                 return (rows.t() @ x.reshape(-1, x.shape[-1])).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute, kept, saved)
+            grad_weight = take_or_defer(owner, compute, kept, saved)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
@@ -181,30 +200,31 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: Tensor,
         dtype: torch.dtype,
         kept: Kept | None,
+        max_sms: int | None,
     ) -> Tensor:
-        ctx.input_dtype, ctx.weight = x.dtype, weight
+        ctx.input_dtype, ctx.weight, ctx.max_sms = x.dtype, weight, max_sms
         x = x.to(dtype)
-        ctx.kept = _KeptInput(x, kept)
+        ctx.kept = _kept_input(x, kept)
         ctx.save_for_backward(weight, offsets, *ctx.kept.take())
-        return grouped_mm(x, weight.to(dtype), offsets)
+        return grouped_mm(x, weight.to(dtype), offsets, max_sms=max_sms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, offsets, *saved = ctx.saved_tensors
-        owner, kept = ctx.weight, ctx.kept
+        owner, kept, max_sms = ctx.weight, ctx.kept, ctx.max_sms
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_mm(grad, weight.to(grad.dtype).transpose(1, 2), offsets)
-            grad_x = grad_x.to(ctx.input_dtype)
+            turned = weight.to(grad.dtype).transpose(1, 2)
+            grad_x = grouped_mm(grad, turned, offsets, max_sms=max_sms).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
 
             def compute(x: Tensor) -> Tensor:
-                return grouped_mm_weight_grad(x, grad, offsets).to(owner.dtype)
+                return grouped_mm_weight_grad(x, grad, offsets, max_sms=max_sms).to(owner.dtype)
 
-            grad_weight = _weight_grad(owner, compute, kept, saved)
-        return grad_x, grad_weight, None, None, None
+            grad_weight = take_or_defer(owner, compute, kept, saved)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def linear(
@@ -228,11 +248,16 @@ def linear(
     Returns:
         [..., N], bit for bit what ``torch.nn.functional.linear`` gives.
     """
-    return _Linear.apply(x, weight, bias, dtype or _compute_dtype(x), kept)
+    return _Linear.apply(x, weight, bias, dtype or compute_dtype(x), kept)
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, offsets: Tensor, *, kept: Kept | None = None
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    kept: Kept | None = None,
+    max_sms: int | None = None,
 ) -> Tensor:
     """A linear layer per group of rows, whose weight gradient can be deferred.
 
@@ -242,6 +267,8 @@ def grouped_linear(
         offsets: int32 [G], the END row of each group; rows past the last one give zeros and get no
             gradient.
         kept: keep ``x`` like this for the weight gradient; by default as it is.
+        max_sms: SMs for the products, to leave the others to communication; see
+            ``dualpipe_ext.kernels.grouped_gemm``. None for all.
 
     Returns:
         [M, N].
@@ -249,7 +276,7 @@ def grouped_linear(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    return _GroupedLinear.apply(x, weight, offsets, _compute_dtype(x), kept)
+    return _GroupedLinear.apply(x, weight, offsets, compute_dtype(x), kept, max_sms)
 
 
 class DeferrableLinear(nn.Linear):

@@ -55,9 +55,10 @@ class TrainingAverage:
 
     @contextmanager
     def following(self, balancer: ExpertBalancer) -> Iterator[None]:
-        """Around whatever moves experts: their averages move to the same slots.
+        """Around whatever puts experts into other slots: their averages move there too.
 
-        Waits for the update under way, and so may be used rarely only.
+        Waits for the update under way, and so may be used rarely only. That wait is also what keeps
+        the parameters as they are until the update has copied them.
         """
         # Before anything moves: a step that was skipped is added with parameters in their places.
         self.ema.flush()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dualpipe_ext.ep.registry import transport_names
+from dualpipe_ext.eplb.migrator import DEFAULT_SPARE_BYTES
 from dualpipe_ext.memory.ema import check_decay
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
@@ -35,7 +36,10 @@ class TrainConfig:
         clip: largest norm of the whole gradient.
         bias_rate: update speed of the router's balancing bias.
         redundant_experts: slots beyond one per expert, filled with replicas of loaded experts.
-        rebalance_every: steps between re-plannings of the experts' placement; 0 for never.
+        rebalance_every: steps between re-plannings of the experts' placement; 0 for never. Experts
+            move if that pays (``costs.py``).
+        spare_bytes: memory on each rank for experts on their way to it. A rebalancing that needs
+            more takes several steps; one layer always gets what it needs.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
         ema: decay of the parameters' average on the CPU, above 0 and below 1; None for no average.
@@ -59,6 +63,7 @@ class TrainConfig:
     bias_rate: float = 1e-3
     redundant_experts: int = 0
     rebalance_every: int = 0
+    spare_bytes: int = DEFAULT_SPARE_BYTES
     transport: str = "auto"
     dtype: str = "float32"
     ema: float | None = None
@@ -76,7 +81,13 @@ class TrainConfig:
                 raise ValueError(f"expected {name} above 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {self.seed}")
-        for name in ("warmup", "redundant_experts", "rebalance_every", "weight_decay"):
+        for name in (
+            "warmup",
+            "redundant_experts",
+            "rebalance_every",
+            "spare_bytes",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
@@ -120,6 +131,16 @@ class TrainConfig:
         """Sequences in one micro-batch on one rank."""
         return self.batch // (self.num_chunks * self.ep)
 
+    @property
+    def layers_of_ranks(self) -> list[list[int]]:
+        """For each pipeline rank the layers it holds, ascending."""
+        plan = self.plan()
+        layers = split_layers(self.model.num_layers, len(plan.pipes[0]))
+        return [
+            sorted(i for stage in plan.stages_of(rank) for i in layers[plan.model_stage(stage)])
+            for rank in range(self.pp)
+        ]
+
     def plan(self) -> Plan:
         """The pipeline plan this run executes."""
         return build_plan(self.schedule, num_ranks=self.pp, num_chunks=self.num_chunks)
@@ -128,7 +149,7 @@ class TrainConfig:
         """What a checkpoint must agree on to be resumed bit for bit."""
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
         # transport or memory level; everything else decides what is in the checkpoint.
-        free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every")
+        free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every", "spare_bytes")
         layout = {k: v for k, v in asdict(self).items() if k not in free}
         del layout["model"]["memory_level"]
         return layout

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from dualpipe_ext.eplb import (
     LoadMonitor,
+    Migrator,
     Placement,
+    Verdict,
     balancedness,
-    migrate,
+    plan_moves,
     plan_placement,
     reduce_replica_grads,
 )
+from dualpipe_ext.eplb.exchange import message_bytes, on_device, row_bytes
+from dualpipe_ext.eplb.transfer import layers_that_fit, spare_bytes_of
 from dualpipe_ext.models import Experts, MoELayer
 from dualpipe_ext.training.config import TrainConfig
+from dualpipe_ext.training.costs import judge
 from dualpipe_ext.training.optimizer import MasterAdamW
 
 
@@ -49,13 +54,23 @@ class ExpertBalancer:
     """Keeps the experts of a run balanced.
 
     Every rank holds the placement of every layer and sees the same loads, so all ranks compute the
-    same plan and nothing has to be broadcast.
+    same plan and nothing has to be broadcast. Experts move while the next steps run, in waves that
+    fit into the spare memory; a wave's layers switch at one step on all ranks of the run. Loads and
+    maps are kept on the CPU, where they are planned with: nothing here waits for the device.
 
     Args:
         config: the run.
         layers: the layers on this rank.
         group: the expert-parallel group.
-        device: where loads and maps live.
+        device: where the layers are.
+
+    Attributes:
+        layers: those on this rank, ascending.
+        group: the expert-parallel group.
+        placement: in force.
+        target: where experts are on their way to, or ``None``.
+        replicas: for each layer on this rank, how many replicas the expert in each of its slots
+            has, int64 [S/R] on the device.
     """
 
     def __init__(
@@ -67,93 +82,219 @@ class ExpertBalancer:
         device: torch.device,
     ) -> None:
         self._config = config
-        self._layers = layers
-        self._group = group
+        self.layers = sorted(layers, key=lambda layer: layer.index)
+        self.group, self._device = group, device
+        rank, per_rank = dist.get_rank(group), config.num_slots // config.ep
+        self._mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        self._layers_of_ranks = config.layers_of_ranks
+        self._migrator: Migrator | None = None
+        self._optimizer: MasterAdamW | None = None
+        self._wave: tuple[int, ...] = ()  # layers of the whole model that switch next
+        self.target: Placement | None = None
+        self.replicas: dict[int, Tensor] = {}
         model = config.model
-        self.monitor = LoadMonitor(model.num_layers, model.num_experts, device=device)
+        self.monitor = LoadMonitor(model.num_layers, model.num_experts)
         # Until loads are known every expert is as loaded as any other.
-        uniform = torch.ones(model.num_layers, model.num_experts, device=device)
-        # Tokens per expert in the last step, over all ranks.
+        uniform = torch.ones(model.num_layers, model.num_experts)
+        # Tokens per expert in the last step, over all ranks, and where they went.
         self.last_counts = torch.zeros_like(uniform, dtype=torch.int64)
-        self.install(self.plan(uniform))
+        self.install(plan_placement(uniform, config.num_slots, config.ep).placement)
+        self._routed_by = self.placement
 
-    def plan(self, loads: Tensor, *, current: Placement | None = None) -> Placement:
-        """The placement that EPLB chooses for ``loads`` [NL, E], close to the ``current`` one."""
-        config = self._config
-        return plan_placement(loads, config.num_slots, config.ep, current=current).placement
+    def prepare_moves(self, optimizer: MasterAdamW) -> None:
+        """Make what moving needs, if experts are ever to move; a collective call.
+
+        Args:
+            optimizer: whose state moves with the experts.
+        """
+        if not self._config.rebalance_every:
+            return
+        self._optimizer = optimizer
+        layout = self._expert_layout()
+        one_layer = self._config.num_slots // self._config.ep * message_bytes(layout, 1)
+        self._migrator = Migrator(
+            self.group,
+            device=self._device,
+            timeout_s=self._config.timeout_s,
+            spare_bytes=max(self._config.spare_bytes, one_layer),
+        )
 
     def install(self, placement: Placement) -> None:
         """Route by ``placement`` from the next forward on."""
         self.placement = placement
-        # On the host too: who exchanges what must be known there.
         self._phy2log: list[list[int]] = placement.phy2log.tolist()
-        for layer in self._layers:
-            layer.module.log2phy = placement.log2phy[layer.index]
-            layer.module.logcnt = placement.logcnt[layer.index]
+        for layer in self.layers:
+            counts = placement.logcnt[layer.index]
+            layer.module.log2phy = on_device(placement.log2phy[layer.index], self._device)
+            layer.module.logcnt = on_device(counts, self._device)
+            mine = placement.phy2log[layer.index, self._mine]
+            self.replicas[layer.index] = on_device(counts[mine], self._device)
 
-    def load(self, phy2log: Tensor, monitor: dict[str, Any]) -> None:
-        """Restore a saved placement, int64 [NL, S], and the monitor's state."""
-        self.install(
-            Placement.from_phy2log(
-                phy2log.to(self.last_counts.device), self._config.model.num_experts
-            )
-        )
-        self.monitor.load_state_dict(monitor)
+    def state_dict(self) -> dict[str, Any]:
+        """Placement in force, target and loads. What is in flight has not changed anything yet:
+        it is the way to the target, and :meth:`start_moves` goes it again."""
+        return {
+            "phy2log": self.placement.phy2log,
+            "target": None if self.target is None else self.target.phy2log,
+            "monitor": self.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; on all ranks together."""
+        if self._migrator is not None:
+            self._migrator.drop()
+        self._wave = ()
+        num_experts = self._config.model.num_experts
+        target = state["target"] if self._migrator is not None else None
+        self.target = None if target is None else Placement.from_phy2log(target, num_experts)
+        self.install(Placement.from_phy2log(state["phy2log"], num_experts))
+        self._routed_by = self.placement
+        self.monitor.load_state_dict(state["monitor"])
 
     def local_experts(self) -> dict[int, list[int]]:
         """For each layer on this rank, the logical expert in each of its slots."""
-        rank, per_rank = dist.get_rank(self._group), self._config.num_slots // self._config.ep
-        mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        return {layer.index: self._phy2log[layer.index][mine] for layer in self._layers}
+        return {layer.index: self._phy2log[layer.index][self._mine] for layer in self.layers}
 
     def take_counts(self) -> Tensor:
-        """Tokens per expert that this rank routed since the last call, int64 [NL, E]."""
-        counts = torch.zeros_like(self.last_counts)
-        for layer in self._layers:
+        """Tokens per expert that this rank routed since the last call, int64 [NL, E] on the
+        device."""
+        counts = torch.zeros(self.last_counts.shape, dtype=torch.int64, device=self._device)
+        for layer in self.layers:
             counts[layer.index] += layer.module.counts
             layer.module.counts.zero_()
         return counts
 
-    def observe(self, counts: Tensor) -> None:
-        """Learn the loads of a step: ``counts`` int64 [NL, E], summed over all ranks."""
-        self.last_counts = counts
-        for index in range(counts.shape[0]):
-            self.monitor.record(index, counts[index])
+    def observe(self, counts: Tensor, on_host: Tensor) -> None:
+        """Learn the loads of a step, int64 [NL, E], summed over all ranks.
+
+        Args:
+            counts: on the device.
+            on_host: the same on the CPU, where they have come with the loss.
+        """
+        self.last_counts = on_host
+        for index in range(on_host.shape[0]):
+            self.monitor.record(index, on_host[index])
         self.monitor.step()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.module.router.update_bias(counts[layer.index], rate=self._config.bias_rate)
 
     def balance(self) -> float:
         """Mean over layers of (mean load of a rank / largest load of a rank) in the last step."""
-        return float(balancedness(self.last_counts, self.placement, self._config.ep).mean())
+        return float(balancedness(self.last_counts, self._routed_by, self._config.ep).mean())
 
-    def reduce_replica_gradients(self) -> None:
-        """Give every replica of an expert the sum of its replicas' gradients."""
-        for layer in self._layers:
-            grads = [p.grad for _, p in layer.expert_parameters() if p.grad is not None]
-            reduce_replica_grads(grads, self._phy2log[layer.index], self._group)
+    def plan(self) -> Verdict | None:
+        """Plan for the monitored loads; if it pays, experts will move there.
 
-    def rebalance(self, optimizer: MasterAdamW) -> int:
-        """Plan for the monitored loads, move experts and their optimizer state, switch the maps.
-
-        Called by every rank after the same step. Returns the bytes that moved
-        between the ranks of this rank's expert-parallel group.
+        Returns:
+            What speaks for the plan; ``None`` while an earlier one is still being carried out.
         """
-        new = self.plan(self.monitor.local_loads(), current=self.placement)
-        moved = 0
-        for layer in self._layers:
-            tensors = [
+        if self.target is not None:
+            return None
+        config = self._config
+        plan = plan_placement(
+            self.monitor.local_loads(), config.num_slots, config.ep, current=self.placement
+        )
+        verdict = judge(
+            plan,
+            config,
+            expert_bytes=sum(row_bytes(t) for t in self._expert_layout()),
+            device_type=self._device.type,
+        )
+        if verdict.pays:
+            self.target = plan.placement
+        return verdict
+
+    def start_moves(self) -> None:
+        """Begin with the next wave toward the target; returns at once. After an optimizer step."""
+        if self.target is None:
+            return
+        assert self._migrator is not None
+        assert self._optimizer is not None
+        self._wave = self._next_wave()
+        new = self.target.phy2log.tolist()
+        tensors = {
+            layer.index: [
                 tensor
                 for name, _ in layer.expert_parameters()
-                for tensor in optimizer.tensors_of(name)
+                for tensor in self._optimizer.tensors_of(name)
             ]
-            report = migrate(
-                tensors,
-                self._phy2log[layer.index],
-                new.phy2log[layer.index],
-                self._group,
-                timeout_s=self._config.timeout_s,
+            for layer in self.layers
+            if layer.index in self._wave
+        }
+        old = {index: self._phy2log[index] for index in tensors}
+        self._migrator.start(tensors, old, {index: new[index] for index in tensors})
+
+    @property
+    def switching(self) -> bool:
+        """Whether :meth:`finish_moves` will switch layers of this rank."""
+        return any(layer.index in self._wave for layer in self.layers)
+
+    def wait_for_moves(self) -> None:
+        """Wait, with a bound, until the wave has arrived on every rank; nothing changes yet."""
+        if self._migrator is not None:
+            self._migrator.wait()
+
+    def finish_moves(self) -> int:
+        """Reduce gradients over replicas, and switch to what has arrived; before the optimizer.
+
+        Every replica gets the sum of its expert's gradients, those that take over a slot now too.
+        Where the reduction fails, weights, optimizer state and maps are still the old ones.
+
+        Returns:
+            Bytes that moved between the ranks of this rank's expert-parallel group.
+        """
+        self._routed_by = self.placement
+        arrived = () if self._migrator is None else self._migrator.wait()
+        assert set(arrived) == {layer.index for layer in self.layers} & set(self._wave)
+        phy2log = self.placement.phy2log.clone()
+        if self._wave:
+            assert self.target is not None
+            phy2log[list(self._wave)] = self.target.phy2log[list(self._wave)]
+        onto = phy2log.tolist()
+        for layer in self.layers:
+            grads = [p.grad for _, p in layer.expert_parameters() if p.grad is not None]
+            reduce_replica_grads(
+                grads, self._phy2log[layer.index], self.group, onto=onto[layer.index]
             )
-            moved += sum(report.bytes_received)
-        self.install(new)
-        return moved
+        if not self._wave:
+            return 0
+        assert self._migrator is not None
+        reports = self._migrator.commit()
+        self.install(Placement.from_phy2log(phy2log, self._config.model.num_experts))
+        self._wave = ()
+        if torch.equal(phy2log, self.target.phy2log):
+            self.target = None
+        return sum(sum(report.bytes_received) for report in reports.values())
+
+    def close(self) -> None:
+        """Drop what is on its way."""
+        if self._migrator is not None:
+            self._migrator.close()
+
+    def _next_wave(self) -> tuple[int, ...]:
+        """Layers that switch next, over all pipeline ranks: each takes what it has room for.
+
+        All layers have the same sizes, so this rank's tell how much every other rank takes.
+        """
+        assert self.target is not None
+        ep, layout, new = self._config.ep, self._expert_layout(), self.target.phy2log.tolist()
+        per_rank = self._config.num_slots // ep
+        need = {
+            index: spare_bytes_of(layout, plan_moves(old, new[index], ep), per_rank, ep)
+            for index, old in enumerate(self._phy2log)
+            if old != new[index]
+        }
+        wave: set[int] = set()
+        for layers in self._layers_of_ranks:
+            left = {index: need[index] for index in layers if index in need}
+            if left:
+                # At least the first one, whatever the user allows.
+                room = max(self._config.spare_bytes, next(iter(left.values())))
+                wave.update(layers_that_fit(left, room))
+        return tuple(sorted(wave))
+
+    def _expert_layout(self) -> list[Tensor]:
+        """Shapes and dtypes of what belongs to one layer's slots on this rank."""
+        assert self._optimizer is not None
+        names = [name for name, _ in self.layers[0].expert_parameters()]
+        return [tensor for name in names for tensor in self._optimizer.layout_of(name)]

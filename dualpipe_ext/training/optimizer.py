@@ -85,6 +85,13 @@ class MasterAdamW:
         for hook in tuple(self._after.values()):
             hook(self, (lr,), {"grad_scale": grad_scale})
 
+    @torch.no_grad()
+    def reset_masters(self) -> None:
+        """Take the parameters as they are now; without it a step goes on from the masters."""
+        for name, master in self.masters.items():
+            if master is not self._parameters[name]:
+                master.copy_(self._parameters[name])
+
     def tensors_of(self, name: str) -> list[Tensor]:
         """Everything of the parameter's shape that belongs to it: itself, its master, its moments.
 
@@ -92,7 +99,15 @@ class MasterAdamW:
         """
         parameter, master = self._parameters[name], self.masters[name]
         masters = [] if master is parameter else [master]
-        return [parameter.data, *masters, *slot_state(self._adamw, [master])]
+        # Not .data: writing to it would leave the parameter's version as it was, and copies made of
+        # the parameter (in FP8) would not be seen to be old.
+        return [parameter.detach(), *masters, *slot_state(self._adamw, [master])]
+
+    def layout_of(self, name: str) -> list[Tensor]:
+        """Shapes and dtypes of :meth:`tensors_of` once a step has been taken, as meta tensors."""
+        parameter, master = self._parameters[name], self.masters[name]
+        masters = [] if master is parameter else [master]
+        return [torch.empty_like(t, device="meta") for t in (parameter, *masters, master, master)]
 
     def state_dict(self) -> dict[str, Any]:
         """Masters and moments by parameter name."""

@@ -94,7 +94,7 @@ class ProgressDisplay:
         self._bar.stop()
 
     def update(self, report: StepReport) -> None:
-        """Show one step."""
+        """Show one step, and what was decided after it about the experts' placement."""
         figures = (
             f"loss {report.loss:.4f}  {report.tokens / report.seconds:,.0f} tok/s  "
             f"bubble {report.bubble:.1%}  balance {report.balance:.2f}"
@@ -103,6 +103,14 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=report.step, figures=figures)
         elif report.step % self._every == 0 or report.step in (1, self._steps):
             self._console.print(f"step {report.step:>5}/{self._steps}  {figures}", highlight=False)
+        if report.rebalance:
+            decision = "experts move" if report.rebalance > 0 else "experts stay"
+            self._console.print(
+                f"step {report.step:>5}/{self._steps}  {decision}: {report.saved_s * 1e3:.3g} ms "
+                f"saved until the next plan, {report.cost_s * 1e3:.3g} ms to move",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def plot_loss(rows: list[dict[str, float]], path: Path, *, title: str) -> None:
@@ -150,7 +158,15 @@ def summarize(
         "bubble measured": f"{mean('bubble', steady):.1%}",
         "bubble of the plan, F = I = W": f"{predicted_bubble:.1%}",
         "expert balance": f"{mean('balance', rows[-tail:]):.3f}",
+        "placements changed": _placements(rows),
     }
+
+
+def _placements(rows: list[dict[str, float]]) -> str:
+    begun = sum(row["rebalance"] > 0 for row in rows)
+    asked = sum(row["rebalance"] != 0 for row in rows)
+    moved, waited = (sum(row[key] for row in rows) for key in ("moved_bytes", "moves_wait_s"))
+    return f"{begun} of {asked} times, {moved / 1e6:,.1f} MB moved, {waited:.2g} s waited for it"
 
 
 def show_summary(console: Console, summary: Mapping[str, str], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,13 @@ from rich.console import Console
 
 from dualpipe_ext.pipeline import simulate
 from dualpipe_ext.training import checkpoint
+from dualpipe_ext.training.compare import (
+    COMPARED_STEPS,
+    WARM_UP,
+    Comparison,
+    run_unbalanced,
+    weights_without_replicas,
+)
 from dualpipe_ext.training.config import TrainConfig
 from dualpipe_ext.training.data import load_text
 from dualpipe_ext.training.progress import (
@@ -33,12 +42,15 @@ class RunOptions:
         data: training text, or ``None`` for the standard library's.
         resume: a checkpoint to go on from.
         save_every: steps between checkpoints; 0 for the last step only.
+        compare_unbalanced: take some steps without replicas and rebalancing after the run, into
+            unbalanced.csv, and show what they cost beside the run's.
     """
 
     out: Path
     data: Path | None = None
     resume: Path | None = None
     save_every: int = 0
+    compare_unbalanced: bool = False
 
     def __post_init__(self) -> None:
         if self.save_every < 0:
@@ -52,7 +64,8 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
-    trainer = Trainer(config, load_text(options.data), device=device)
+    text = load_text(options.data)
+    trainer = Trainer(config, text, device=device)
     if options.resume is not None:
         checkpoint.check_layout(options.resume, config.layout())
         trainer.load_state_dict(checkpoint.load(options.resume))
@@ -70,8 +83,18 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
                     config.layout(),
                     trainer.state_dict(),
                 )
+        reporter.end_of_steps()
+        if not options.compare_unbalanced:
+            trainer.close()
+            reporter.finish()
+            return losses
+        weights = weights_without_replicas(trainer)
+        trainer.close()
+        del trainer  # its memory is needed for the next one
+        steps = WARM_UP + min(COMPARED_STEPS, config.steps)
+        with reporter.unbalanced(steps) as on_step:
+            run_unbalanced(config, text, weights, steps=steps, device=device, on_step=on_step)
         reporter.finish()
-    trainer.close()
     return losses
 
 
@@ -79,10 +102,13 @@ class _Reporter:
     """Rank 0 shows and records the run; on the other ranks everything here does nothing."""
 
     def __init__(self, trainer: Trainer, options: RunOptions) -> None:
-        self._trainer, self._options = trainer, options
+        self._options = options
         self._active = dist.get_rank() == 0
         if not self._active:
             return
+        self._facts = _facts_of(trainer)
+        self._predicted_bubble = simulate(trainer.plan).bubble_ratio
+        self._comparison: Comparison | None = None
         options.out.mkdir(parents=True, exist_ok=True)
         self._console = Console()
         self._metrics = Metrics(options.out / "metrics.csv", steps_done=trainer.steps_done)
@@ -92,7 +118,7 @@ class _Reporter:
 
     def __enter__(self) -> _Reporter:
         if self._active:
-            for name, value in self._facts().items():
+            for name, value in self._facts.items():
                 self._console.print(f"{name:>12}  {value}", highlight=False)
             self._display.__enter__()
         return self
@@ -107,29 +133,53 @@ class _Reporter:
             self._metrics.add(report)
             self._display.update(report)
 
+    def end_of_steps(self) -> None:
+        """The run itself is over."""
+        if self._active:
+            self._display.__exit__()
+
+    @contextmanager
+    def unbalanced(self, steps: int) -> Iterator[Callable[[StepReport], None]]:
+        """Record the steps of the comparison; gives what takes their reports."""
+        if not self._active:
+            yield lambda report: None
+            return
+        self._console.print(
+            f"{steps} more steps without replicas and rebalancing, to compare", highlight=False
+        )
+        metrics = Metrics(self._options.out / "unbalanced.csv", steps_done=0)
+        try:
+            yield metrics.add
+        finally:
+            metrics.close()
+        self._comparison = Comparison.of(self._metrics.rows, metrics.rows)
+
     def finish(self) -> None:
+        """Draw the plot, show the summary and save it."""
         if not self._active or not self._metrics.rows:
             return
-        self._display.__exit__()
-        facts = self._facts()
-        plot_loss(self._metrics.rows, self._options.out / "loss.png", title=facts["schedule"])
+        out = self._options.out
+        plot_loss(self._metrics.rows, out / "loss.png", title=self._facts["schedule"])
         summary = summarize(
-            self._metrics.rows, facts, predicted_bubble=simulate(self._trainer.plan).bubble_ratio
+            self._metrics.rows, self._facts, predicted_bubble=self._predicted_bubble
         )
-        show_summary(self._console, summary, self._options.out / "summary.json")
-        self._console.print(f"saved in {self._options.out}", highlight=False)
+        if self._comparison is not None:
+            summary.update(self._comparison.rows())
+        show_summary(self._console, summary, out / "summary.json")
+        self._console.print(f"saved in {out}", highlight=False)
 
-    def _facts(self) -> dict[str, str]:
-        trainer, config = self._trainer, self._trainer.config
-        where = (
-            torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
-        ) + f", torch {torch.__version__}"
-        return as_facts(
-            schedule=f"{config.schedule}, {config.pp} pipeline x {config.ep} expert-parallel ranks",
-            transport=trainer.buffer.transport,
-            experts=(
-                f"{config.model.num_experts} (top {config.model.top_k}) "
-                f"in {config.num_slots} slots per layer"
-            ),
-            device=where,
-        )
+
+def _facts_of(trainer: Trainer) -> dict[str, str]:
+    config = trainer.config
+    where = (
+        torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
+    ) + f", torch {torch.__version__}"
+    return as_facts(
+        schedule=f"{config.schedule}, {config.pp} pipeline x {config.ep} expert-parallel ranks",
+        transport=trainer.buffer.transport,
+        experts=(
+            f"{config.model.num_experts} (top {config.model.top_k}) "
+            f"in {config.num_slots} slots per layer"
+        ),
+        device=where,
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,13 @@ class StepReport:
         balance: mean over layers of mean rank load / largest rank load, 0 to 1.
         grad_norm: norm of the whole gradient before clipping.
         lr: learning rate of the step.
-        moved_bytes: expert weights and optimizer state that a rebalancing moved, in this rank's
-            expert-parallel group.
+        moved_bytes: expert weights and optimizer state that have switched their place in this step,
+            in this rank's expert-parallel group.
+        moves_wait_s: wall-clock time that this rank waited for them.
+        rebalance: 1 if a new placement was planned after this step and experts will move, -1 if it
+            was not worth it, 0 if none was planned.
+        saved_s: estimate of what the new placement saves until the next one, in seconds.
+        cost_s: estimate of what moving there takes, in seconds, were nothing of it hidden.
     """
 
     step: int
@@ -53,6 +58,10 @@ class StepReport:
     grad_norm: float
     lr: float
     moved_bytes: int
+    moves_wait_s: float
+    rebalance: int
+    saved_s: float
+    cost_s: float
 
 
 class Trainer:
@@ -86,6 +95,7 @@ class Trainer:
         self._initialize()
         self._parameters = dict(self._named_parameters())
         self.optimizer = MasterAdamW(self._parameters, weight_decay=config.weight_decay)
+        self.balancer.prepare_moves(self.optimizer)
         self.pipeline = Pipeline(
             config.schedule,
             self.stages,
@@ -162,7 +172,12 @@ class Trainer:
         started = time.perf_counter()
         config = self.config
         loss = self._forward_backward(self.steps_done)
-        self._reduce_gradients()
+        waited = time.perf_counter()
+        self.balancer.wait_for_moves()
+        waited = time.perf_counter() - waited
+        with self._average_following_moves():
+            moved = self.balancer.finish_moves()
+        self._reduce_dense_gradients()
         loss, bubble = self._exchange_statistics(loss)
         lr = learning_rate(
             self.steps_done, peak=config.lr, warmup=config.warmup, steps=config.steps
@@ -172,13 +187,13 @@ class Trainer:
         scale = (config.clip / (grad_norm + 1e-6)).clamp(max=1.0)
         self.optimizer.step(lr, grad_scale=scale)
         self.steps_done += 1
-        moved = 0
+        verdict = None
         if config.rebalance_every and self.steps_done % config.rebalance_every == 0:
-            with nullcontext() if self.average is None else self.average.following(self.balancer):
-                moved = self.balancer.rebalance(self.optimizer)
+            verdict = self.balancer.plan()
+        self.balancer.start_moves()
         return StepReport(
             step=self.steps_done,
-            loss=float(loss),
+            loss=loss,
             seconds=time.perf_counter() - started,
             tokens=config.batch * config.seq_len,
             bubble=bubble,
@@ -186,7 +201,16 @@ class Trainer:
             grad_norm=float(grad_norm),
             lr=lr,
             moved_bytes=moved,
+            moves_wait_s=waited,
+            rebalance=0 if verdict is None else 1 if verdict.pays else -1,
+            saved_s=0.0 if verdict is None else verdict.saved_s,
+            cost_s=0.0 if verdict is None else verdict.cost_s,
         )
+
+    def _average_following_moves(self) -> AbstractContextManager[None]:
+        if self.average is None or not self.balancer.switching:
+            return nullcontext()  # following them waits for the average
+        return self.average.following(self.balancer)
 
     def _forward_backward(self, step: int) -> Tensor:
         """Run the pipeline; returns this rank's share of the mean loss, to be summed."""
@@ -220,9 +244,8 @@ class Trainer:
         position, _, rest = name.partition(".")
         return self.stages[int(position)].is_expert(rest)
 
-    def _reduce_gradients(self) -> None:
-        """Sum dense gradients over the data-parallel ranks, expert gradients over the replicas."""
-        self.balancer.reduce_replica_gradients()
+    def _reduce_dense_gradients(self) -> None:
+        """Sum all gradients but the experts' over the data-parallel ranks."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None and not self._is_expert(name):
@@ -233,8 +256,11 @@ class Trainer:
             for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
-    def _exchange_statistics(self, loss: Tensor) -> tuple[Tensor, float]:
-        """Sum losses and loads over all ranks; returns the loss and the share of idle time."""
+    def _exchange_statistics(self, loss: Tensor) -> tuple[float, float]:
+        """Sum losses and loads over all ranks; returns the loss and the share of idle time.
+
+        The host waits for the device once, for all of it.
+        """
         times = self.pipeline.last_step
         assert times is not None
         counts = self.balancer.take_counts()
@@ -246,16 +272,17 @@ class Trainer:
         head = torch.tensor([times.busy_s, *spans], dtype=torch.float64).to(self.device)
         message = torch.cat([loss.detach().double().view(1), head, counts.flatten().double()])
         dist.all_reduce(message)
-        self.balancer.observe(message[2 + num_ranks :].round().long().view_as(counts))
-        busy_s, *spans = message[1 : 2 + num_ranks].tolist()
+        on_host = message.cpu()
+        self.balancer.observe(
+            *(m[2 + num_ranks :].round().long().view_as(counts) for m in (message, on_host))
+        )
+        loss_sum, busy_s, *spans = on_host[: 2 + num_ranks].tolist()
         # The step takes as long as its slowest rank.
-        return message[0], 1.0 - busy_s / (num_ranks * max(spans))
+        return loss_sum, 1.0 - busy_s / (num_ranks * max(spans))
 
     def _gradient_norm(self) -> Tensor:
         """Norm of the model's gradient: copies and replicas of a parameter count once."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        logcnt, phy2log = self.balancer.placement.logcnt, self.balancer.placement.phy2log
-        slots = self.config.num_slots // self.config.ep
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
@@ -264,13 +291,14 @@ class Trainer:
                 total += squares.sum() / self.config.ep
                 continue
             layer = int(name.split(".")[2])
-            mine = phy2log[layer, self._ep_rank * slots : (self._ep_rank + 1) * slots]
-            total += (squares.flatten(1).sum(dim=1) / logcnt[layer, mine]).sum()
+            total += (squares.flatten(1).sum(dim=1) / self.balancer.replicas[layer]).sum()
         dist.all_reduce(total)
         return (total / len(self.plan.pipes)).sqrt()
 
     def close(self) -> None:
-        """Give up the connections to the other ranks of the pipeline, and end the average."""
+        """Give up the connections to the other ranks of the pipeline, what is on its way, and the
+        average."""
+        self.balancer.close()
         self.pipeline.close()
         if self.average is not None:
             self.average.close()
@@ -281,17 +309,17 @@ class Trainer:
             "steps_done": self.steps_done,
             "stages": [stage.state_dict() for stage in self.stages],
             "optimizer": self.optimizer.state_dict(),
-            "phy2log": self.balancer.placement.phy2log,
-            "monitor": self.balancer.monitor.state_dict(),
+            "experts": self.balancer.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned on the same rank of an equal run."""
-        self.balancer.load(state["phy2log"], state["monitor"])
+        self.balancer.load_state_dict(state["experts"])
         for stage, saved in zip(self.stages, state["stages"], strict=True):
             stage.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
         self.steps_done = state["steps_done"]
+        self.balancer.start_moves()

@@ -53,6 +53,18 @@ def test_a_run_leaves_metrics_plot_summary_and_checkpoint(tmp_path: Path):
     assert not list(run.glob("*.partial"))
 
 
+def test_fp8_experts(tmp_path: Path):
+    sizes = ["--hidden=128", "--expert-hidden=128", "--layers=4", "--experts=8", "--top-k=2"]
+    args = [*sizes, "--seq-len=32", "--steps=2", "--fp8-experts"]
+    done = dualpipe(*args, "--out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    layout = (tmp_path / "run" / "checkpoints" / "step-00000002" / "layout.json").read_text()
+    assert json.loads(layout)["model"]["fp8_experts"] is True
+    done = dualpipe(*TINY, "--fp8-experts", "--out=other", cwd=tmp_path)
+    assert "expected hidden to be a multiple of 128 for fp8_experts, got 32" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(tmp_path: Path):
     common = [*TINY, "--steps=8", "--rebalance-every=3"]
     assert dualpipe(*common, "--out=straight", "--save-every=5", cwd=tmp_path).returncode == 0
@@ -81,6 +93,27 @@ def test_an_average_is_saved_and_resumed_and_the_memory_level_may_change(tmp_pat
     assert "ema = 0.9 (this run: 0.5)" in other.stderr
 
 
+def test_a_run_is_compared_with_one_that_nobody_balances(tmp_path: Path):
+    done = dualpipe(
+        *TINY, "--steps=6", "--rebalance-every=2", "--spare-mib=0", "--compare-unbalanced",
+        "--out=run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    with (run / "unbalanced.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(7, 15))  # 2 to warm up, and as many
+    assert all(float(row["moved_bytes"]) == 0 and row["rebalance"] == "0" for row in rows)
+    assert len(losses(run)) == 6
+    summary = json.loads((run / "summary.json").read_text())
+    times = [summary[name] for name in ("step time, last 4 steps", "the same, unbalanced")]
+    assert all(float(time.split()[0]) > 0 and "p20" in time and "p80" in time for time in times)
+    ratio = float(times[1].split()[0]) / float(times[0].split()[0])
+    assert float(summary["speed-up over unbalanced"][:-1]) == pytest.approx(ratio, rel=0.01)
+    assert "unbalanced 0." in summary["expert balance of these"]
+    assert "experts move: " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -88,6 +121,12 @@ def test_an_average_is_saved_and_resumed_and_the_memory_level_may_change(tmp_pat
         (["--memory-level=2", "--hidden=64"], "expected hidden to be a multiple of 128"),
         (["--ema=1"], "expected decay above 0 and below 1, got 1.0"),
         (["--ema-dtype=int8"], "expected an ema_dtype of float32, bfloat16, got 'int8'"),
+        (["--spare-mib=-1"], "expected spare_bytes of at least 0, got -1048576"),
+        (
+            ["--ep=3", "--pp=1", "--redundant-experts=2", "--batch=12", "--compare-unbalanced"],
+            "expected experts + redundant experts to be a multiple of 3 expert-parallel ranks, "
+            "got 16 + 0",
+        ),
         (["--pp=0"], "expected a positive pp, got 0"),
         (["--chunks=0"], "expected a positive num_chunks, got 0"),
         (["--batch=7"], "expected batch to be a multiple"),

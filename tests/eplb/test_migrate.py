@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +12,17 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_ext.eplb import MigrationReport, Move, migrate, migrate_optimizer, plan_moves
+from dualpipe_ext.eplb import (
+    MigrationReport,
+    Move,
+    migrate,
+    migrate_optimizer,
+    plan_moves,
+    transfer,
+)
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.launch import run_ranks
 from tests.eplb.ranks import device, expert_tables, local_rows, needs_ranks, random_map, same_bits
-
-# The package exports a function of the same name, which hides the module from a plain import.
-migrate_module = importlib.import_module("dualpipe_ext.eplb.migrate")
 
 
 def test_moves_prefer_what_is_local_and_receive_once() -> None:
@@ -158,9 +161,9 @@ def fail_and_stay_intact(kind: str, timeout_s: float) -> tuple[str, str, float]:
             elif kind == "missing slot":
                 tensors[0] = tensors[0][:1]
             elif kind == "out of memory":
-                patch.setattr(migrate_module, "pack", failing(MemoryError("no memory")))
+                patch.setattr(transfer, "pack", failing(MemoryError("no memory")))
             elif kind == "send fails":
-                patch.setattr(migrate_module, "exchange", failing(OSError("cable cut")))
+                patch.setattr(transfer, "exchange", failing(OSError("cable cut")))
         if kind == "silent" and rank == 1:
             outcome = ("silent", "", 0.0)
         else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from dualpipe_ext.eplb import LoadMonitor, count_experts
+from dualpipe_ext.errors import CommTimeoutError
 from dualpipe_ext.launch import run_ranks
 
 
@@ -97,3 +100,60 @@ def test_loads_are_summed_over_the_group() -> None:
         want = torch.tensor([[float(sum(ranks)), len(ranks), len(ranks) * last]])
         torch.testing.assert_close(pair, want)
         torch.testing.assert_close(local, torch.tensor([[float(rank), 1.0, last]]))
+
+
+def test_pending_loads_of_one_process() -> None:
+    monitor = LoadMonitor(1, 2)
+    monitor.record(0, torch.tensor([3, 1]))
+    monitor.step()
+    pending = monitor.start_loads()
+    assert pending.done()
+    assert pending.wait().tolist() == [[3, 1]]
+
+
+def summed_beside_a_step(delay_s: float) -> tuple[float, bool, torch.Tensor, torch.Tensor]:
+    """Start after one step, take after the next; the last rank is late in starting."""
+    rank = dist.get_rank()
+    own = dist.new_group()
+    monitor = LoadMonitor(1, 2, decay=0.0, group=own)
+    monitor.record(0, torch.tensor([rank + 1, 10]))
+    monitor.step()
+    dist.barrier()
+    if rank == dist.get_world_size() - 1:
+        time.sleep(delay_s)
+    begin = time.monotonic()
+    pending = monitor.start_loads()
+    started_s = time.monotonic() - begin
+    early = pending.done()
+    monitor.record(0, torch.tensor([100, 100]))  # the next step: must not be in the sum
+    monitor.step()
+    dist.all_reduce(torch.ones(1), group=dist.group.WORLD)
+    return started_s, early, pending.wait(30), monitor.loads()
+
+
+def test_a_sum_that_is_waited_for_later_holds_nobody_up() -> None:
+    results = run_ranks(summed_beside_a_step, 3, 0.5, backend="gloo", run_timeout_s=60)
+    for rank, (started_s, early, first, second) in enumerate(results):
+        assert first.tolist() == [[1 + 2 + 3, 30]]
+        assert second.tolist() == [[300, 300]]
+        if rank < 2:
+            assert started_s < 0.4  # the late rank comes half a second after
+            assert not early
+
+
+def wait_for_an_absent_rank() -> str:
+    own = dist.new_group()
+    monitor = LoadMonitor(1, 2, group=own)
+    if dist.get_rank() == 1:
+        time.sleep(2)
+        return ""
+    begin = time.monotonic()
+    with pytest.raises(CommTimeoutError) as caught:
+        monitor.start_loads().wait(0.5)
+    assert time.monotonic() - begin < 1.5
+    return str(caught.value)
+
+
+def test_waiting_for_loads_is_bounded() -> None:
+    first, _ = run_ranks(wait_for_an_absent_rank, 2, backend="gloo", run_timeout_s=60)
+    assert first == "rank 0: expected the loads of all ranks within 0.5 s, got no answer"

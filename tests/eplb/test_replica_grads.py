@@ -90,6 +90,53 @@ def test_sum_in_slot_order_and_against_float64(num_ranks: int) -> None:
     run_ranks(sum_random_maps, num_ranks, 15, run_timeout_s=100)
 
 
+def test_sums_go_to_the_slots_of_the_next_map() -> None:
+    # Expert 0 gives up slot 2 to expert 1, which had slot 1 alone; expert 2 changes its slot.
+    grad = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
+    reduce_replica_grads([grad], [0, 1, 0, 2, 0], onto=[0, 1, 1, 0, 2])
+    assert grad.tolist() == [[21.0], [2.0], [2.0], [21.0], [8.0]]
+
+
+def test_a_next_map_of_other_experts_is_refused_before_anything_changes() -> None:
+    grad = torch.ones(4, 1)
+    with pytest.raises(ValueError, match=r"experts \[1\] only in the old and \[2\] only in"):
+        reduce_replica_grads([grad], [0, 1, 0, 0], onto=[0, 2, 0, 0])
+    with pytest.raises(ValueError, match="same length, got 4 and 5"):
+        reduce_replica_grads([grad], [0, 1, 0, 0], onto=[0, 1, 0, 0, 0])
+    assert grad.tolist() == [[1.0]] * 4
+
+
+def sum_onto_random_maps(num_cases: int) -> None:
+    """The sums for the next map have the bits of the sums for this one, moved."""
+    num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(num_ranks)
+    for case in range(num_cases):
+        per_rank = int(torch.randint(1, 6, (), generator=generator))
+        num_slots = num_ranks * per_rank
+        num_experts = int(torch.randint(1, num_slots + 1, (), generator=generator))
+        old, new = (random_map(num_experts, num_slots, generator) for _ in range(2))
+        mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        everyone = [
+            torch.randn(num_slots, *shape, generator=generator, dtype=torch.float64).to(dtype)
+            for dtype, shape in LAYOUT
+        ]
+        grads = [grad[mine].clone().to(device()) for grad in everyone]
+        reduce_replica_grads(grads, old, onto=new, timeout_s=30)
+        for grad, shares in zip(grads, everyone, strict=True):
+            exact = torch.promote_types(grad.dtype, torch.float32)
+            for row, expert in enumerate(new[mine]):
+                slots = [s for s, e in enumerate(old) if e == expert]
+                in_slot_order = shares[slots[0]].to(exact)
+                for slot in slots[1:]:
+                    in_slot_order = in_slot_order + shares[slot].to(exact)
+                assert same_bits(grad[row], in_slot_order.to(grad.dtype)), (case, old, new)
+
+
+@pytest.mark.parametrize("num_ranks", [pytest.param(n, marks=needs_ranks(n)) for n in (2, 3, 4)])
+def test_sums_for_the_next_map_have_the_same_bits(num_ranks: int) -> None:
+    run_ranks(sum_onto_random_maps, num_ranks, 15, run_timeout_s=100)
+
+
 def count_bytes() -> tuple[int, int, int]:
     """Bytes sent and received; calls of the exchange with anything to send in a map of singles."""
     sent = received = idle = 0

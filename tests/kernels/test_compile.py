@@ -30,7 +30,8 @@ pytestmark = [
 ROWS = ("*fp32", "*bf16")
 
 
-def compile_for_hopper(kernel, signature, constexprs, **options):
+def compile_for_hopper(kernel, signature, constexprs, *, any_value=(), **options):
+    """``any_value`` names the integers that need not be multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -38,8 +39,8 @@ def compile_for_hopper(kernel, signature, constexprs, **options):
     # without saying so, the compiler would not use 16-byte accesses.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*") or kind == "i32"
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name not in any_value)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -12,6 +12,8 @@ from dualpipe_ext.models import PRESETS, ModelConfig
         ({"top_k": 9}, "top_k of at most 8 .*got 9"),
         ({"hidden": 0}, "positive hidden, got 0"),
         ({"hidden": 12, "num_heads": 4}, "even head width"),
+        ({"fp8_experts": True}, "expert_hidden to be a multiple of 128 for fp8_experts, got 64"),
+        ({"fp8_experts": True, "hidden": 64}, "hidden to be a multiple of 128"),
     ],
 )
 def test_impossible_sizes_are_named(override, message):

@@ -30,18 +30,19 @@ CONFIG = ModelConfig(
     shared_hidden=128,
 )
 TOKENS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+FP8_CONFIG = CONFIG.with_overrides(fp8_experts=True)
 DOCS = Path(__file__).parents[2] / "docs"
 LEVELS = range(MAX_LEVEL + 1)
 
 
-def build(dtype: torch.dtype) -> LanguageModelStage:
+def build(dtype: torch.dtype, config: ModelConfig = CONFIG) -> LanguageModelStage:
     buffer = Buffer(
         hidden=CONFIG.hidden, num_experts=8, top_k=4, max_tokens=TOKENS.numel(), dtype=dtype
     )
-    stage = LanguageModelStage(CONFIG, range(2), buffer=buffer).to(dtype)
+    stage = LanguageModelStage(config, range(2), buffer=buffer).to(dtype)
     for layer in stage.layers.values():
         layer.router.to(torch.promote_types(dtype, torch.float32))
-    initialize(stage, CONFIG, seed=0, local_experts={0: range(8), 1: range(8)})
+    initialize(stage, config, seed=0, local_experts={0: range(8), 1: range(8)})
     return defer_weight_grads(stage)
 
 
@@ -49,8 +50,8 @@ def loss_of(logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS.flatten())
 
 
-def errors(dtype: torch.dtype) -> dict[int, dict[str, float]]:
-    stage = build(dtype)
+def errors(dtype: torch.dtype, config: ModelConfig = CONFIG) -> dict[int, dict[str, float]]:
+    stage = build(dtype, config)
     return {
         level: gradient_errors(stage, lambda: loss_of(stage(TOKENS)), level=level)
         for level in LEVELS
@@ -92,8 +93,16 @@ def test_recomputation_changes_no_bit_in_bfloat16():
     assert set(on_one_rank(partial(errors, torch.bfloat16))[1].values()) == {0.0}
 
 
-def saved(dtype: torch.dtype) -> list[int]:
-    stage = build(dtype)
+def test_levels_of_experts_that_multiply_in_fp8():
+    found = on_one_rank(partial(errors, torch.bfloat16, FP8_CONFIG))
+    # What is quantised again for the weight gradient is what was multiplied.
+    assert set(found[1].values()) == {0.0}
+    for level in (2, 3):
+        assert 0.0 < max(found[level].values()) < 2 * 2.0**-4
+
+
+def saved(dtype: torch.dtype, config: ModelConfig) -> list[int]:
+    stage = build(dtype, config)
     found = []
     for level in LEVELS:
         set_memory_level(stage, level)
@@ -109,15 +118,25 @@ def saved(dtype: torch.dtype) -> list[int]:
     return found
 
 
+def unpredicted(dtype: torch.dtype, base: ModelConfig) -> list[tuple[float, int]]:
+    """Bytes per token and layer that are kept beyond the prediction, and the prediction."""
+    found = []
+    for level, count in zip(LEVELS, on_one_rank(partial(saved, dtype, base)), strict=True):
+        config = base.with_overrides(memory_level=level)
+        predicted = sum(kept_bytes_per_token(config, itemsize=dtype.itemsize).values())
+        found.append((count / TOKENS.numel() / CONFIG.num_layers - predicted, predicted))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_what_is_kept_is_what_was_predicted(dtype):
-    found = on_one_rank(partial(saved, dtype))
-    for level, count in zip(LEVELS, found, strict=True):
-        config = CONFIG.with_overrides(memory_level=level)
-        predicted = sum(kept_bytes_per_token(config, itemsize=dtype.itemsize).values())
-        per_token = count / TOKENS.numel() / CONFIG.num_layers
+    plain = unpredicted(dtype, CONFIG)
+    for level, (excess, predicted) in zip(LEVELS, plain, strict=True):
         # Ids, weights and angles: a few per cent at this size, and never less than predicted.
-        assert predicted <= per_token <= 1.05 * predicted + 600, level
+        assert 0 <= excess <= 0.05 * predicted + 600, level
+    fp8 = unpredicted(dtype, FP8_CONFIG)
+    assert [excess for excess, _ in fp8] == [excess for excess, _ in plain]
+    assert [predicted for _, predicted in fp8] != [predicted for _, predicted in plain]
 
 
 def test_level_3_of_deepseek_v3_keeps_less_than_half_and_the_tables_say_so():

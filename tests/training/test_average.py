@@ -81,10 +81,11 @@ def move(config, steps, device="cpu"):
     return found, moved
 
 
-def test_averages_follow_experts_that_move():
-    steps = 7
-    fixed, _ = run_ranks(move, 4, replace(MOVING, rebalance_every=0), steps, run_timeout_s=120)[0]
-    results = run_ranks(move, 4, MOVING, steps, run_timeout_s=120)
+@pytest.mark.parametrize("spare_bytes", [MOVING.spare_bytes, 0], ids=["at once", "by layer"])
+def test_averages_follow_experts_that_move(spare_bytes):
+    steps, config = 7, replace(MOVING, spare_bytes=spare_bytes)
+    fixed, _ = run_ranks(move, 4, replace(config, rebalance_every=0), steps, run_timeout_s=120)[0]
+    results = run_ranks(move, 4, config, steps, run_timeout_s=120)
     assert sum(moved for _, moved in results) > 0
     moving, _ = results[0]
     assert moving.keys() == fixed.keys()
@@ -93,6 +94,35 @@ def test_averages_follow_experts_that_move():
         expected = average[:1].expand_as(moving[key])
         torch.testing.assert_close(moving[key], expected, rtol=0, atol=1e-6)
     assert (fixed["0.down", 0][0] - fixed["0.down", 1][0]).abs().max() > 1e-3  # experts do differ
+
+
+def follow(config, steps):
+    """For each step whether experts of this rank's layers switched, and whether the average was
+    waited for."""
+    trainer = make(config)
+    layers = [layer.index for layer in trainer._moe_layers()]
+    followed, following = [], trainer.average.following
+
+    def noted(balancer):
+        followed[-1] = True
+        return following(balancer)
+
+    trainer.average.following = noted
+    switched = []
+    for _ in range(steps):
+        before = trainer.balancer.placement.phy2log[layers]
+        followed.append(False)
+        trainer.step()
+        switched.append(not torch.equal(before, trainer.balancer.placement.phy2log[layers]))
+    trainer.close()
+    return switched, followed
+
+
+def test_only_steps_that_switch_experts_wait_for_the_average():
+    for switched, followed in run_ranks(follow, 4, MOVING, 7, run_timeout_s=120):
+        assert followed == switched
+        assert any(switched)
+        assert not all(switched)
 
 
 def resume(config, split, steps):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualpipe_ext.eplb.exchange import as_integers
 from dualpipe_ext.training.optimizer import MasterAdamW, learning_rate
 
 
@@ -120,3 +121,21 @@ def test_hooks_run_around_a_step():
     set_grads(params, 1)
     optimizer.step(0.1, grad_scale=torch.tensor(1.0))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_migration_writes_counts_as_a_change(dtype):
+    """Whoever keeps something made of a parameter, as FP8 experts do, looks at its version."""
+    params = parameters(dtype)
+    optimizer = MasterAdamW(params, weight_decay=0.0)
+    set_grads(params, 0)
+    optimizer.step(0.01, grad_scale=torch.tensor(1.0))
+    before = params["w"]._version
+    rows = as_integers(optimizer.tensors_of("w")[0])
+    rows.index_copy_(0, torch.tensor([2]), torch.zeros(1, 5, dtype=rows.dtype))
+    assert not params["w"][2].any()
+    assert params["w"]._version > before
+    before = params["w"]._version
+    set_grads(params, 1)
+    optimizer.step(0.01, grad_scale=torch.tensor(1.0))
+    assert params["w"]._version > before

@@ -1,4 +1,4 @@
-"""``dualpipe bench`` as a user runs it: table, files, mistakes, and exit codes."""
+"""``dualpipe bench ep`` as a user runs it: table, files, mistakes, and exit codes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,110 @@
+"""``dualpipe bench memory``: its options. What is measured is in ``dualpipe_ext.bench.memory``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualpipe_ext.cli.bench.options import (
+    JSON,
+    RANKS,
+    ROUNDS,
+    SIZE,
+    WHAT,
+    output_option,
+    read_ranks,
+    report,
+    target_of,
+)
+
+
+def command(
+    context: typer.Context,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes. [default: one per GPU; on a CPU 1]",
+            rich_help_panel=RANKS,
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=RANKS)
+    ] = "cuda",
+    layers: Annotated[int, typer.Option(help="Layers.", rich_help_panel=SIZE)] = 2,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=SIZE)
+    ] = 4096,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence. [default: all]", rich_help_panel=SIZE, show_default=False
+        ),
+    ] = None,
+    in_flight: Annotated[
+        int, typer.Option(help="Micro-batches kept at a time.", rich_help_panel=SIZE)
+    ] = 4,
+    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168,
+    experts: Annotated[
+        int, typer.Option(help="Experts over all ranks.", rich_help_panel=SIZE)
+    ] = 64,
+    expert_hidden: Annotated[
+        int, typer.Option(help="Inner width of an expert.", rich_help_panel=SIZE)
+    ] = 2048,
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32 or float64.", rich_help_panel=SIZE)
+    ] = "bfloat16",
+    transport: Annotated[
+        str, typer.Option(help="How tokens reach their experts.", rich_help_panel=RANKS)
+    ] = "auto",
+    rounds: Annotated[int, typer.Option(help="Steps per level.", rich_help_panel=WHAT)] = ROUNDS,
+    output: Annotated[Path | None, output_option("memory")] = None,
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Measure what each memory level saves and costs, against plain autograd (level 0)."""
+    from dualpipe_ext.bench import memory as bench
+    from dualpipe_ext.bench.ranks import start
+    from dualpipe_ext.models import ModelConfig
+    from dualpipe_ext.training.config import DTYPES
+
+    num_processes = _processes(ranks, device)
+    if dtype not in DTYPES:
+        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    options = bench.MemoryOptions(
+        model=ModelConfig(
+            hidden=hidden,
+            num_layers=layers,
+            num_heads=max(1, hidden // 128),
+            num_experts=experts,
+            top_k=top_k,
+            num_groups=1,
+            top_groups=1,
+            expert_hidden=expert_hidden,
+            shared_hidden=expert_hidden,
+        ),
+        tokens=tokens,
+        seq_len=tokens if seq_len is None else seq_len,
+        in_flight=in_flight,
+        dtype=DTYPES[dtype],
+        transport=transport,
+        rounds=rounds,
+    ).checked(num_processes)
+    target = target_of("memory", output)
+    rows = start(bench.run, num_processes, options, virtual=False, device_type=device)
+    if rows is None:  # under torchrun, not the first rank
+        return
+    report(rows, target, context, bench.print_rows, as_json=as_json)
+
+
+def _processes(ranks: int | None, device: str) -> int:
+    """How many ranks, each a process: by default all GPUs, and one on a CPU."""
+    if device == "cpu" and ranks is None:
+        ranks = 1
+    if device == "cuda" and ranks is None:
+        import torch
+
+        ranks = max(1, torch.cuda.device_count())
+    return read_ranks(ranks, None, device, small="memory --device cpu --hidden 256 --tokens 64")[0]
