@@ -129,7 +129,7 @@ def report(
     *,
     as_json: bool,
 ) -> None:
-    """Record every row as soon as it is there, so that a run cut off loses none; then print them."""
+    """Record every row as soon as it is there: a run cut off loses none. Then print them."""
     from dualpipe_ext.bench.record import append
 
     found = []
