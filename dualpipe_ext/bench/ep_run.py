@@ -30,7 +30,7 @@ from dualpipe_ext.bench.ep_variants import (
     Variant,
     variants,
 )
-from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.ranks import ProblemError, Ranks
 from dualpipe_ext.bench.record import percentiles
 from dualpipe_ext.bench.sm_time import sm_times
 
@@ -39,10 +39,6 @@ def run(ranks: Ranks, options: EpOptions) -> list[EpRow]:
     """Measure everything that the options ask for; called by all ranks, equal on all of them."""
     with torch.no_grad():
         return _Run(ranks, options).all()
-
-
-class _ProblemError(Exception):
-    """Some rank has a problem, which all ranks know; its text is the reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,26 +78,12 @@ class _Run:
         self._say("")
         return self.rows
 
-    # The ranks must leave every step together: a rank that went on alone would wait for the others.
-
-    def _together(self, step: Callable[[], object]) -> object:
-        """What the step returns, if all ranks did it well; else :class:`_ProblemError` on all."""
-        result, error = None, None
-        try:
-            result = step()
-        except Exception as caught:  # whatever a transport can raise becomes a row
-            error = caught
-        reason = self.ranks.problem(error)
-        if reason is not None:
-            raise _ProblemError(reason)
-        return result
-
     def _with_runner(self, variant: Variant, body: Callable[[Variant, Runner], None]) -> None:
         """Make the variant's runner, use it, and free its memory."""
         self._say(variant.label)
         try:
-            runner = self._together(lambda: self._runner(variant))
-        except _ProblemError as problem:
+            runner = self.ranks.together(lambda: self._runner(variant))
+        except ProblemError as problem:
             rows = self._rows_of(variant)
             for row in rows:
                 row.reason = f"no SM time: {problem}"
@@ -160,9 +142,9 @@ class _Run:
             return
         self._say(variant.label, "timing")
         try:
-            self._together(lambda: self._time(measured, runner))
+            self.ranks.together(lambda: self._time(measured, runner))
             self._traffic(measured, runner, variant)
-        except _ProblemError as problem:
+        except ProblemError as problem:
             for one in measured:
                 one.row.status, one.row.reason = ERROR, str(problem)
             return
@@ -172,14 +154,14 @@ class _Run:
     def _checked(self, case: Case, row: EpRow, runner: Runner) -> Prepared | None:
         """The case, ready and right; else its row says what is wrong."""
         try:
-            prepared = self._together(lambda: runner.prepare(case, self._num_rows(case)))
+            prepared = self.ranks.together(lambda: runner.prepare(case, self._num_rows(case)))
             calls = {"uncached": prepared.uncached, "cached": prepared.cached}
             for name, call in calls.items():
                 wrong = None if call is None else self._wrong(case, call, prepared, runner)
                 if wrong is not None:
                     row.status, row.reason = FAILED, f"{name}: {wrong}"
                     return None
-        except _ProblemError as problem:
+        except ProblemError as problem:
             row.status, row.reason = ERROR, str(problem)
             return None
         return prepared
@@ -201,14 +183,14 @@ class _Run:
             runner.finish()
             return value
 
-        got, at, rank = self._together(result), self._at(case), self.ranks.rank
+        got, at, rank = self.ranks.together(result), self._at(case), self.ranks.rank
         if case.op == "combine":
             rows = self.ranks.gather(prepared.rows)
-            wrong = self._together(
+            wrong = self.ranks.together(
                 lambda: ep_check.wrong_combine(got, rows, at, rank, self.options.top_k)
             )
         else:
-            wrong = self._together(
+            wrong = self.ranks.together(
                 lambda: ep_check.wrong_dispatch(got, case, self.inputs, at[rank])
             )
         return self.ranks.problem(wrong)
@@ -265,9 +247,9 @@ class _Run:
         if not calls:
             return
         try:
-            found = self._together(lambda: self._interleaved(calls))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(lambda: self._interleaved(calls))
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for one in measured:
                 one.row.graph_reason = one.row.graph_reason or str(problem)
             return
@@ -280,8 +262,8 @@ class _Run:
 
     def _capture(self, one: _Measured) -> None:
         try:
-            one.graph = self._together(lambda: timing.captured(one.prepared.cached))
-        except _ProblemError as problem:
+            one.graph = self.ranks.together(lambda: timing.captured(one.prepared.cached))
+        except ProblemError as problem:
             one.row.graph_reason = str(problem)
 
     def _beside_gemm(self, variant: Variant, measured: list[_Measured], runner: Runner) -> None:
@@ -291,9 +273,11 @@ class _Run:
         self._say(variant.label, "beside a GEMM")
         calls = {name: one.prepared.cached for name, one in chosen.items()}
         try:
-            found = self._together(lambda: self.gemm.measure(calls, rounds=self.options.rounds))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(
+                lambda: self.gemm.measure(calls, rounds=self.options.rounds)
+            )
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for one in chosen.values():
                 one.row.status, one.row.reason = ERROR, f"beside a GEMM: {problem}"
             return
@@ -310,15 +294,15 @@ class _Run:
         self._say(variant.label, "SM time")
         try:
             calls = {
-                case.name: self._together(
+                case.name: self.ranks.together(
                     lambda case=case: runner.prepare(case, self._num_rows(case)).cached
                 )
                 for case in self.options.cases
                 if case.name in good
             }
-            found = self._together(lambda: sm_times(calls, self.ranks))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(lambda: sm_times(calls, self.ranks))
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for row in good.values():
                 row.reason = f"no SM time: {problem}"
             return
@@ -333,8 +317,8 @@ class _Run:
         row = self._row(PEER_COPY, variant, OK)
         self.rows.append(row)
         try:
-            times, size = self._together(lambda: peer_copy(self.ranks, self.options))
-        except _ProblemError as problem:
+            times, size = self.ranks.together(lambda: peer_copy(self.ranks, self.options))
+        except ProblemError as problem:
             row.status, row.reason = UNAVAILABLE, str(problem)
             return
         row.set_times("us", percentiles(times))
