@@ -10,7 +10,6 @@ Shapes: R ranks, T tokens of a rank, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +29,7 @@ from dualpipe_ext.bench.ep_variants import (
     Variant,
     variants,
 )
+from dualpipe_ext.bench.progress import say
 from dualpipe_ext.bench.ranks import ProblemError, Ranks
 from dualpipe_ext.bench.record import percentiles
 from dualpipe_ext.bench.sm_time import sm_times
@@ -75,12 +75,12 @@ class _Run:
             for variant in everything:
                 if self._rows_of(variant):
                     self._with_runner(variant, self._sm_time)
-        self._say("")
+        say(self.ranks, "")
         return self.rows
 
     def _with_runner(self, variant: Variant, body: Callable[[Variant, Runner], None]) -> None:
         """Make the variant's runner, use it, and free its memory."""
-        self._say(variant.label)
+        say(self.ranks, variant.label)
         try:
             runner = self.ranks.together(lambda: self._runner(variant))
         except ProblemError as problem:
@@ -132,7 +132,7 @@ class _Run:
         measured = []
         for case in self.options.cases:
             if runner.supports(case):
-                self._say(variant.label, f"checking {case.name}")
+                say(self.ranks, variant.label, f"checking {case.name}")
                 row = self._row(case.name, variant, OK)
                 self.rows.append(row)
                 prepared = self._checked(case, row, runner)
@@ -140,7 +140,7 @@ class _Run:
                     measured.append(_Measured(case, row, prepared))
         if not measured:
             return
-        self._say(variant.label, "timing")
+        say(self.ranks, variant.label, "timing")
         try:
             self.ranks.together(lambda: self._time(measured, runner))
             self._traffic(measured, runner, variant)
@@ -240,7 +240,7 @@ class _Run:
             for one in measured:
                 one.row.graph_reason = "not tried"
             return
-        self._say(variant.label, "CUDA graphs")
+        say(self.ranks, variant.label, "CUDA graphs")
         for one in measured:
             self._capture(one)
         calls = {one.case.name: one.graph for one in measured if one.graph is not None}
@@ -270,7 +270,7 @@ class _Run:
         chosen = {one.case.name: one for one in measured if one.case.beside_gemm}
         if self.gemm is None or not chosen:
             return
-        self._say(variant.label, "beside a GEMM")
+        say(self.ranks, variant.label, "beside a GEMM")
         calls = {name: one.prepared.cached for name, one in chosen.items()}
         try:
             found = self.ranks.together(
@@ -291,7 +291,7 @@ class _Run:
     def _sm_time(self, variant: Variant, runner: Runner) -> None:
         """Second pass: SM time of the cases that are right."""
         good = {row.case: row for row in self._rows_of(variant)}
-        self._say(variant.label, "SM time")
+        say(self.ranks, variant.label, "SM time")
         try:
             calls = {
                 case.name: self.ranks.together(
@@ -313,7 +313,7 @@ class _Run:
         variant = Variant("copy_")
         if self.ranks.local is not None or self.ranks.num_ranks == 1:
             return
-        self._say("a plain copy between GPUs")
+        say(self.ranks, "a plain copy between GPUs")
         row = self._row(PEER_COPY, variant, OK)
         self.rows.append(row)
         try:
@@ -323,13 +323,3 @@ class _Run:
             return
         row.set_times("us", percentiles(times))
         row.set_traffic(size, size, size)
-
-    def _say(self, what: str, step: str = "") -> None:
-        """Show where the run is, in one line of stderr; "" takes it away."""
-        if self.ranks.rank != 0:
-            return
-        if sys.stderr.isatty():
-            text = f"{what}: {step}" if step else what
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif what and not step:
-            print(what, file=sys.stderr, flush=True)
