@@ -31,7 +31,7 @@ from dualpipe_ext.bench.pipeline_cases import (
     new_row,
     step_flops_per_token,
 )
-from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.ranks import MEETING_TIMEOUT_S, Ranks
 from dualpipe_ext.bench.record import percentiles
 from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.ep import Buffer
@@ -98,7 +98,9 @@ class StepBench:
             )
             for virtual in self.plan.stages_of(mesh.pp_rank)
         ]
-        self._pipeline = Pipeline(kind, self._stages, mesh.pp_group, record=True)
+        self._pipeline = Pipeline(
+            kind, self._stages, mesh.pp_group, record=True, timeout_s=MEETING_TIMEOUT_S
+        )
         self._inputs, self._labels = self._batch(0), self._batch(1)
 
     def _batch(self, seed: int) -> Tensor | None:

@@ -15,7 +15,7 @@ _Cell = Callable[[Row], object]
 
 
 _LEGEND = (
-    "compute, comm: alone; gain: serial over pair; limit: pair over the longer of compute and comm; "
+    "compute, comm: alone; gain: serial over pair; limit: pair over the longer of those alone; "
     "hidden: of the communication; slower: compute while something communicates; x17: every "
     "dispatch and combine made 17 times."
 )
