@@ -5,6 +5,7 @@ T tokens of a micro-batch, L positions of a sequence, H hidden, E experts, K top
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,20 @@ class PipelineOptions:
                     f"expected --step-layers to be even for {kind}, whose ranks have two stages, "
                     f"got {self.step_layers}"
                 )
+
+
+def usual_schedules(num_ranks: int, num_chunks: int) -> tuple[str, ...]:
+    """The schedules that are compared, without those that this many pipeline ranks cannot run.
+
+    >>> usual_schedules(1, 4)
+    ('1f1b', 'zb1p', 'dualpipev')
+    """
+    found = []
+    for kind in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
+        with contextlib.suppress(ValueError):
+            build_plan(kind, num_ranks=num_ranks, num_chunks=num_chunks)
+            found.append(kind)
+    return tuple(found)
 
 
 def step_flops_per_token(config: ModelConfig, seq_len: int) -> float:

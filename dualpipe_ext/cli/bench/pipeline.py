@@ -66,8 +66,14 @@ def command(
         ),
     ] = True,
     schedules: Annotated[
-        str, typer.Option(help="Schedules of the steps.", rich_help_panel=WHAT)
-    ] = "1f1b,zb1p,dualpipe,dualpipev",
+        str | None,
+        typer.Option(
+            help="Schedules of the steps. [default: 1f1b,zb1p,dualpipe,dualpipev, those that the "
+            "ranks can run]",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=SIZE)
     ] = 4096,
@@ -102,7 +108,14 @@ def command(
     step_transport: Annotated[
         str, typer.Option(help="Steps: how tokens travel.", rich_help_panel=RANKS)
     ] = "auto",
-    chunks: Annotated[int, typer.Option(help="Steps: micro-batches.", rich_help_panel=SIZE)] = 8,
+    num_chunks: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps: micro-batches. [default: 4 per pipeline rank]",
+            rich_help_panel=SIZE,
+            show_default=False,
+        ),
+    ] = None,
     memory_level: Annotated[
         int, typer.Option(help="Activations kept, 0 (all) to 3.", rich_help_panel=SIZE)
     ] = 1,
@@ -139,16 +152,28 @@ def command(
         check_target(picture)
         check_picture(picture)
     from dualpipe_ext.bench import pipeline_run
-    from dualpipe_ext.bench.pipeline_cases import ERROR, FAILED, OK, PipelineOptions
+    from dualpipe_ext.bench.pipeline_cases import (
+        ERROR,
+        FAILED,
+        OK,
+        PipelineOptions,
+        usual_schedules,
+    )
     from dualpipe_ext.bench.pipeline_table import print_rows
     from dualpipe_ext.bench.ranks import start
     from dualpipe_ext.models import ModelConfig
     from dualpipe_ext.training.config import DTYPES
 
-    small = "pipeline --device cpu --tokens 64 --hidden 256 --experts 8 --step-experts 8"
+    small = (
+        "pipeline --device cpu --dtype float32 --tokens 64 --hidden 256 --expert-hidden 128 "
+        "--experts 8 --step-experts 8 --layers 1"
+    )
     num_processes = read_processes(ranks, device, small=small)
     if dtype not in DTYPES:
         raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    pp = max(1, num_processes // max(1, ep))
+    num_chunks = 4 * pp if num_chunks is None else num_chunks
+    usual = usual_schedules(pp, num_chunks)
     options = PipelineOptions(
         parts=read_words(parts),
         model=ModelConfig(
@@ -169,12 +194,12 @@ def command(
         transports=_transports(_TRANSPORTS[device] if transports is None else transports),
         sms=read_numbers("--sms", sms),
         throttle=throttle,
-        schedules=read_words(schedules),
+        schedules=usual if schedules is None else read_words(schedules),
         ep=ep,
         step_experts=step_experts,
         step_layers=step_layers,
         step_transport=step_transport,
-        num_chunks=chunks,
+        num_chunks=num_chunks,
         rounds=rounds,
         calls=calls,
         peak_tflops=peak_tflops,

@@ -16,8 +16,8 @@ from dualpipe_ext.cli.bench import pipeline as cli
 SMALL = [
     *("--device", "cpu", "--ranks", "1", "--hidden", "64", "--tokens", "8", "--experts", "4"),
     *("--top-k", "2", "--expert-hidden", "32", "--layers", "1", "--step-experts", "4"),
-    *("--dtype", "float32", "--rounds", "1", "--calls", "1", "--chunks", "2"),
-    *("--schedules", "1f1b,zb1p", "--no-throttle"),
+    *("--dtype", "float32", "--rounds", "1", "--calls", "1", "--num-chunks", "2"),
+    "--no-throttle",
 ]
 
 
@@ -30,10 +30,10 @@ def test_the_command_prints_and_records(tmp_path):
     assert f"Wrote {target}" in done.output
     found = CliRunner().invoke(app, [*args, "--json", "--parts", "steps"])
     document = json.loads(found.stdout)
-    assert [row["schedule"] for row in document] == ["1f1b", "zb1p"]
+    assert [row["schedule"] for row in document] == ["1f1b", "zb1p", "dualpipev"]
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["part"] for row in rows] == ["pair", "step", "step", "step", "step"]
+    assert [row["part"] for row in rows] == ["pair", *["step"] * 6]
     assert rows[0]["command"].startswith("dualpipe bench pipeline --ranks 1 --device cpu")
     assert rows[0]["schedule"] == rows[1]["speed_up"] == ""
 
@@ -76,4 +76,6 @@ def test_the_peak_is_the_one_that_is_explained():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_type():
     refused = CliRunner().invoke(app, ["pipeline"])
-    assert "dualpipe bench pipeline --device cpu --tokens 64" in str(refused.exception)
+    assert "dualpipe bench pipeline --device cpu --dtype float32 --tokens 64" in str(
+        refused.exception
+    )
