@@ -137,7 +137,7 @@ class PairBench:
         on_launch: Callable[[str], None] | None = None,
     ) -> None:
         self._ranks, self._options, self._stage = ranks, options, stage
-        self.link = Link(buffer)
+        self.link, self._buffer = Link(buffer), buffer
         for layer in stage.layers.values():
             layer.buffer = buffer
         inputs = [draw(ranks, options, seed) for seed in range(_INPUTS)]
@@ -231,6 +231,7 @@ class PairBench:
     def measure(self) -> dict[str, list[float]]:
         """Milliseconds of every form, a number per round."""
         found = self._interleaved(self.calls())
+        self._buffer.check()  # what kernels have reported, such as a wait that ended without a rank
         return {name: [1e-3 * us for us in values] for name, values in found.items()}
 
     def _interleaved(self, calls: dict[str, timing.Call]) -> dict[str, list[float]]:

@@ -119,8 +119,12 @@ class _Pairs:
         row.set_times("pair_ms", percentiles(times["pair"]))
         row.speed_up = round(row.serial_ms_p50 / row.pair_ms_p50, 4)
         row.pair_over_longer = round(row.pair_ms_p50 / max(row.compute_ms, row.comm_ms), 4)
-        if self._ranks.device.type == "cuda":
+        if self._ranks.device.type != "cuda":
+            return
+        try:
             self._ranks.together(lambda: self._profile(bench, row, notes))
+        except ProblemError as problem:
+            row.reason = f"no profile: {problem}"  # its times are right all the same
 
     def _profile(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         calls = bench.calls()

@@ -30,9 +30,10 @@ def print_rows(rows: Sequence[Row]) -> None:
         console.print(_LEGEND, style="dim")
     _print(console, "Steps", _STEP, [r for r in good if r["part"] == "step"])
     for row in rows:
-        if row["status"] != OK:
+        if row["reason"]:
+            status = "note" if row["status"] == OK else row["status"]
             what = row["schedule"] or _label(row)
-            console.print(f"{row['status']}: {what}: {row['reason']}", markup=False)
+            console.print(f"{status}: {what}: {row['reason']}", markup=False)
 
 
 def _print(console: Console, title: str, columns: dict[str, _Cell], rows: Sequence[Row]) -> None:
