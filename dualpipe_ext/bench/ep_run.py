@@ -10,7 +10,6 @@ Shapes: R ranks, T tokens of a rank, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,7 +29,8 @@ from dualpipe_ext.bench.ep_variants import (
     Variant,
     variants,
 )
-from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.progress import say
+from dualpipe_ext.bench.ranks import ProblemError, Ranks
 from dualpipe_ext.bench.record import percentiles
 from dualpipe_ext.bench.sm_time import sm_times
 
@@ -39,10 +39,6 @@ def run(ranks: Ranks, options: EpOptions) -> list[EpRow]:
     """Measure everything that the options ask for; called by all ranks, equal on all of them."""
     with torch.no_grad():
         return _Run(ranks, options).all()
-
-
-class _ProblemError(Exception):
-    """Some rank has a problem, which all ranks know; its text is the reason."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,29 +75,15 @@ class _Run:
             for variant in everything:
                 if self._rows_of(variant):
                     self._with_runner(variant, self._sm_time)
-        self._say("")
+        say(self.ranks, "")
         return self.rows
-
-    # The ranks must leave every step together: a rank that went on alone would wait for the others.
-
-    def _together(self, step: Callable[[], object]) -> object:
-        """What the step returns, if all ranks did it well; else :class:`_ProblemError` on all."""
-        result, error = None, None
-        try:
-            result = step()
-        except Exception as caught:  # whatever a transport can raise becomes a row
-            error = caught
-        reason = self.ranks.problem(error)
-        if reason is not None:
-            raise _ProblemError(reason)
-        return result
 
     def _with_runner(self, variant: Variant, body: Callable[[Variant, Runner], None]) -> None:
         """Make the variant's runner, use it, and free its memory."""
-        self._say(variant.label)
+        say(self.ranks, variant.label)
         try:
-            runner = self._together(lambda: self._runner(variant))
-        except _ProblemError as problem:
+            runner = self.ranks.together(lambda: self._runner(variant))
+        except ProblemError as problem:
             rows = self._rows_of(variant)
             for row in rows:
                 row.reason = f"no SM time: {problem}"
@@ -150,7 +132,7 @@ class _Run:
         measured = []
         for case in self.options.cases:
             if runner.supports(case):
-                self._say(variant.label, f"checking {case.name}")
+                say(self.ranks, variant.label, f"checking {case.name}")
                 row = self._row(case.name, variant, OK)
                 self.rows.append(row)
                 prepared = self._checked(case, row, runner)
@@ -158,11 +140,11 @@ class _Run:
                     measured.append(_Measured(case, row, prepared))
         if not measured:
             return
-        self._say(variant.label, "timing")
+        say(self.ranks, variant.label, "timing")
         try:
-            self._together(lambda: self._time(measured, runner))
+            self.ranks.together(lambda: self._time(measured, runner))
             self._traffic(measured, runner, variant)
-        except _ProblemError as problem:
+        except ProblemError as problem:
             for one in measured:
                 one.row.status, one.row.reason = ERROR, str(problem)
             return
@@ -172,14 +154,14 @@ class _Run:
     def _checked(self, case: Case, row: EpRow, runner: Runner) -> Prepared | None:
         """The case, ready and right; else its row says what is wrong."""
         try:
-            prepared = self._together(lambda: runner.prepare(case, self._num_rows(case)))
+            prepared = self.ranks.together(lambda: runner.prepare(case, self._num_rows(case)))
             calls = {"uncached": prepared.uncached, "cached": prepared.cached}
             for name, call in calls.items():
                 wrong = None if call is None else self._wrong(case, call, prepared, runner)
                 if wrong is not None:
                     row.status, row.reason = FAILED, f"{name}: {wrong}"
                     return None
-        except _ProblemError as problem:
+        except ProblemError as problem:
             row.status, row.reason = ERROR, str(problem)
             return None
         return prepared
@@ -201,14 +183,14 @@ class _Run:
             runner.finish()
             return value
 
-        got, at, rank = self._together(result), self._at(case), self.ranks.rank
+        got, at, rank = self.ranks.together(result), self._at(case), self.ranks.rank
         if case.op == "combine":
             rows = self.ranks.gather(prepared.rows)
-            wrong = self._together(
+            wrong = self.ranks.together(
                 lambda: ep_check.wrong_combine(got, rows, at, rank, self.options.top_k)
             )
         else:
-            wrong = self._together(
+            wrong = self.ranks.together(
                 lambda: ep_check.wrong_dispatch(got, case, self.inputs, at[rank])
             )
         return self.ranks.problem(wrong)
@@ -258,16 +240,16 @@ class _Run:
             for one in measured:
                 one.row.graph_reason = "not tried"
             return
-        self._say(variant.label, "CUDA graphs")
+        say(self.ranks, variant.label, "CUDA graphs")
         for one in measured:
             self._capture(one)
         calls = {one.case.name: one.graph for one in measured if one.graph is not None}
         if not calls:
             return
         try:
-            found = self._together(lambda: self._interleaved(calls))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(lambda: self._interleaved(calls))
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for one in measured:
                 one.row.graph_reason = one.row.graph_reason or str(problem)
             return
@@ -280,20 +262,22 @@ class _Run:
 
     def _capture(self, one: _Measured) -> None:
         try:
-            one.graph = self._together(lambda: timing.captured(one.prepared.cached))
-        except _ProblemError as problem:
+            one.graph = self.ranks.together(lambda: timing.captured(one.prepared.cached))
+        except ProblemError as problem:
             one.row.graph_reason = str(problem)
 
     def _beside_gemm(self, variant: Variant, measured: list[_Measured], runner: Runner) -> None:
         chosen = {one.case.name: one for one in measured if one.case.beside_gemm}
         if self.gemm is None or not chosen:
             return
-        self._say(variant.label, "beside a GEMM")
+        say(self.ranks, variant.label, "beside a GEMM")
         calls = {name: one.prepared.cached for name, one in chosen.items()}
         try:
-            found = self._together(lambda: self.gemm.measure(calls, rounds=self.options.rounds))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(
+                lambda: self.gemm.measure(calls, rounds=self.options.rounds)
+            )
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for one in chosen.values():
                 one.row.status, one.row.reason = ERROR, f"beside a GEMM: {problem}"
             return
@@ -307,18 +291,18 @@ class _Run:
     def _sm_time(self, variant: Variant, runner: Runner) -> None:
         """Second pass: SM time of the cases that are right."""
         good = {row.case: row for row in self._rows_of(variant)}
-        self._say(variant.label, "SM time")
+        say(self.ranks, variant.label, "SM time")
         try:
             calls = {
-                case.name: self._together(
+                case.name: self.ranks.together(
                     lambda case=case: runner.prepare(case, self._num_rows(case)).cached
                 )
                 for case in self.options.cases
                 if case.name in good
             }
-            found = self._together(lambda: sm_times(calls, self.ranks))
-            self._together(runner.finish)
-        except _ProblemError as problem:
+            found = self.ranks.together(lambda: sm_times(calls, self.ranks))
+            self.ranks.together(runner.finish)
+        except ProblemError as problem:
             for row in good.values():
                 row.reason = f"no SM time: {problem}"
             return
@@ -333,23 +317,13 @@ class _Run:
         variant = Variant("copy_")
         if self.ranks.local is not None or self.ranks.num_ranks == 1:
             return
-        self._say("a plain copy between GPUs")
+        say(self.ranks, "a plain copy between GPUs")
         row = self._row(PEER_COPY, variant, OK)
         self.rows.append(row)
         try:
-            times, size = self._together(lambda: peer_copy(self.ranks, self.options))
-        except _ProblemError as problem:
+            times, size = self.ranks.together(lambda: peer_copy(self.ranks, self.options))
+        except ProblemError as problem:
             row.status, row.reason = UNAVAILABLE, str(problem)
             return
         row.set_times("us", percentiles(times))
         row.set_traffic(size, size, size)
-
-    def _say(self, what: str, step: str = "") -> None:
-        """Show where the run is, in one line of stderr; "" takes it away."""
-        if self.ranks.rank != 0:
-            return
-        if sys.stderr.isatty():
-            text = f"{what}: {step}" if step else what
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        elif what and not step:
-            print(what, file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.record import percentiles
+from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.bench.timing import no_garbage_collection
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.memory import MAX_LEVEL, gradient_errors, saved_bytes, set_memory_level
@@ -110,8 +111,6 @@ def run(ranks: Ranks, options: MemoryOptions) -> list[Row]:
 
 def _make_stage(ranks: Ranks, options: MemoryOptions) -> LanguageModelStage:
     config = options.model
-    # Neither the first nor the last stage: no embedding, no head.
-    whole = config.with_overrides(num_layers=config.num_layers + 2)
     buffer = Buffer(
         hidden=config.hidden,
         num_experts=config.num_experts,
@@ -121,18 +120,8 @@ def _make_stage(ranks: Ranks, options: MemoryOptions) -> LanguageModelStage:
         transport=options.transport,
         num_slabs=0,
     )
-    with ranks.device:
-        torch.manual_seed(0)
-        stage = LanguageModelStage(whole, range(1, 1 + config.num_layers), buffer=buffer)
-        stage = stage.to(options.dtype)
-        for parameter in stage.parameters():
-            if parameter.ndim > 1:
-                # Replicated parameters have the same seed on all ranks; experts may as well.
-                torch.nn.init.normal_(parameter, std=0.02)
-        for layer in stage.layers.values():
-            # Routing is decided in float32 at least, as in training.
-            layer.router.to(torch.promote_types(options.dtype, torch.float32))
-    return stage
+    layers = range(config.num_layers)
+    return middle_stage(config, layers, buffer=buffer, dtype=options.dtype, device=ranks.device)
 
 
 def _draw(ranks: Ranks, options: MemoryOptions) -> tuple[list[Tensor], Tensor]:

@@ -23,6 +23,10 @@ T = TypeVar("T")
 MEETING_TIMEOUT_S = 120.0
 
 
+class ProblemError(Exception):
+    """Some rank has a problem, which all ranks know; its text is the reason."""
+
+
 class Ranks(ABC):
     """This rank among the others. Every method is called by all ranks, in the same order."""
 
@@ -55,6 +59,21 @@ class Ranks(ABC):
         """What the first rank that has a problem says, on every rank; None if none has."""
         told = self.gather_object(_one_line(error))
         return next((f"rank {r}: {text}" for r, text in enumerate(told) if text), None)
+
+    def together(self, step: Callable[[], T]) -> T:
+        """What the step returns, if all ranks did it well; else :class:`ProblemError` on all.
+
+        So the ranks leave every step together: one that went on alone would wait for the others.
+        """
+        result, error = None, None
+        try:
+            result = step()
+        except Exception as caught:  # whatever it is, the other ranks must know
+            error = caught
+        reason = self.problem(error)
+        if reason is not None:
+            raise ProblemError(reason)
+        return result
 
 
 class ProcessRanks(Ranks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from dualpipe_ext.cli.bench import ep, eplb, gemm, memory
+from dualpipe_ext.cli.bench import ep, eplb, gemm, memory, pipeline
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -19,5 +19,5 @@ def benchmarks(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-for _module in (ep, eplb, memory, gemm):
+for _module in (ep, eplb, memory, gemm, pipeline):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)

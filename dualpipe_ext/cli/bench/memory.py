@@ -14,7 +14,7 @@ from dualpipe_ext.cli.bench.options import (
     SIZE,
     WHAT,
     output_option,
-    read_ranks,
+    read_processes,
     report,
     target_of,
 )
@@ -70,7 +70,8 @@ def command(
     from dualpipe_ext.models import ModelConfig
     from dualpipe_ext.training.config import DTYPES
 
-    num_processes = _processes(ranks, device)
+    small = "memory --device cpu --hidden 256 --tokens 64"
+    num_processes = read_processes(ranks, device, small=small, on_cpu=1)
     if dtype not in DTYPES:
         raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
     options = bench.MemoryOptions(
@@ -97,14 +98,3 @@ def command(
     if rows is None:  # under torchrun, not the first rank
         return
     report(rows, target, context, bench.print_rows, as_json=as_json)
-
-
-def _processes(ranks: int | None, device: str) -> int:
-    """How many ranks, each a process: by default all GPUs, and one on a CPU."""
-    if device == "cpu" and ranks is None:
-        ranks = 1
-    if device == "cuda" and ranks is None:
-        import torch
-
-        ranks = max(1, torch.cuda.device_count())
-    return read_ranks(ranks, None, device, small="memory --device cpu --hidden 256 --tokens 64")[0]

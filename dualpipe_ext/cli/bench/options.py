@@ -80,6 +80,17 @@ def read_ranks(
     return ranks, False
 
 
+def read_processes(ranks: int | None, device: str, *, small: str, on_cpu: int = 2) -> int:
+    """How many ranks, each a process: by default one per GPU, and ``on_cpu`` on a CPU."""
+    if device == "cpu" and ranks is None:
+        ranks = on_cpu
+    if device == "cuda" and ranks is None:
+        import torch
+
+        ranks = max(1, torch.cuda.device_count())
+    return read_ranks(ranks, None, device, small=small)[0]
+
+
 def read_words(text: str) -> tuple[str, ...]:
     """Words separated by commas, each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -1,0 +1,260 @@
+"""The forward of one micro-batch beside the backward of another, and the two without each other.
+
+What belongs here: the work of a pair in its four forms, the check that serial and overlapped give
+the same gradients, the link throttled until communication takes as long as compute, and the times.
+
+- compute: forward and backward with communication taken out (``link.py``), on one stream.
+- comm: the calls that the pair makes of the transport, in its order, and nothing else.
+- serial: the forward, then the backward, on one stream.
+- pair: ``run_pair`` on two streams, weight gradients deferred to where they hide most.
+
+Every call runs one forward and one backward, that of the chunk whose forward the call before ran.
+Gradients add up in ``.grad``, as over the micro-batches of a step.
+
+Bit for bit: the serial form runs with a gradient, the overlapped one with its negative. Rounding is
+symmetric, so every gradient comes out negated and the sums of both are exactly zero; a second set
+of gradients, for which large stages leave no room, is not needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dualpipe_ext.bench import timing
+from dualpipe_ext.bench.link import Link, Recording
+from dualpipe_ext.bench.pipeline_cases import PipelineOptions
+from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.ep import Buffer
+from dualpipe_ext.models import LanguageModelStage
+from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
+from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+
+FORMS = ("compute", "comm", "serial", "pair")
+# Chunks with inputs of their own, so that a mix-up of two is a wrong gradient.
+_INPUTS = 2
+
+
+class WrongResultError(Exception):
+    """What is wrong with the overlapped pair, in one line."""
+
+
+def draw(ranks: Ranks, options: PipelineOptions, seed: int) -> Tensor:
+    """Activations or gradients of a micro-batch: random, [T/L, L, H], others on every rank."""
+    generator = torch.Generator(ranks.device).manual_seed(seed * ranks.num_ranks + ranks.rank)
+    shape = (options.tokens // options.seq_len, options.seq_len, options.model.hidden)
+    values = torch.empty(shape, device=ranks.device, dtype=options.dtype)
+    return values.normal_(generator=generator)
+
+
+class _Chunks:
+    """Chunks that follow each other: each call runs a forward, and the backward of the last one."""
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        inputs: Sequence[Tensor],
+        grad: Tensor,
+        run: Callable[[ChunkGraph, ChunkGraph], None],
+        launcher: Launcher,
+    ) -> None:
+        self._phases, self._inputs, self._run, self._launcher = phases, inputs, run, launcher
+        self._store = WeightGradStore()
+        self._waiting: ChunkGraph | None = None
+        self._number = 0
+        self.grad = grad
+
+    @property
+    def next_input(self) -> int:
+        """Which of the inputs the next forward takes."""
+        return self._number % len(self._inputs)
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a chunk that can run its backward."""
+        return self._waiting is not None
+
+    def start(self) -> None:
+        """The forward of a first chunk, alone."""
+        graph = self._begin()
+        graph.forward()
+        graph.take_outputs()
+        self._waiting = graph
+
+    def stop(self) -> None:
+        """Forget the chunk that waits for its backward, and begin again at the first input."""
+        self._waiting, self._number = None, 0
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """The output of the forward, and the gradient of the input of the backward."""
+        forward, backward = self._begin(), self._waiting
+        backward.start_backward([self.grad])
+        self._run(forward, backward)
+        self._waiting = forward
+        return forward.take_outputs()[0][0], backward.take_input_grads()[0]
+
+    def _begin(self) -> ChunkGraph:
+        x = self._inputs[self.next_input]
+        self._number += 1
+        return ChunkGraph(
+            self._phases,
+            [x],
+            [True],
+            launcher=self._launcher,
+            store=self._store,
+            key=self._number,
+        )
+
+
+def _one_after_the_other(forward: ChunkGraph, backward: ChunkGraph) -> None:
+    forward.forward()
+    backward.backward(defer=False)
+
+
+class PairBench:
+    """A stage and the buffer its tokens travel through; made and used by all ranks together.
+
+    Args:
+        ranks: a process each.
+        options: sizes and rounds.
+        stage: its layers use ``buffer`` from now on.
+        buffer: for this alone: its transport is tampered with.
+        on_launch: called with the name of every phase before it is launched.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        options: PipelineOptions,
+        stage: LanguageModelStage,
+        buffer: Buffer,
+        on_launch: Callable[[str], None] | None = None,
+    ) -> None:
+        self._ranks, self._options, self._stage = ranks, options, stage
+        self.link, self._buffer = Link(buffer), buffer
+        for layer in stage.layers.values():
+            layer.buffer = buffer
+        inputs = [draw(ranks, options, seed) for seed in range(_INPUTS)]
+        grad = draw(ranks, options, _INPUTS)
+        launcher = Launcher(ranks.device, on_launch)
+        two_streams = stage.phases()
+        one_stream = [replace(phase, stream="compute") for phase in two_streams]
+        self._serial = _Chunks(one_stream, inputs, grad, _one_after_the_other, launcher)
+        self._compute = _Chunks(one_stream, inputs, grad, _one_after_the_other, launcher)
+        self._pair = _Chunks(two_streams, inputs, grad, run_pair, launcher)
+        self._handles = [self._handles_of(x) for x in inputs]
+        self._moved: Recording | None = None
+
+    def _handles_of(self, x: Tensor) -> list:
+        """The handles of all layers for one input, by layer."""
+        with torch.no_grad(), self.link.recording() as found:
+            self._stage(x)
+        return found.handles
+
+    def calls(self) -> dict[str, timing.Call]:
+        """The four forms, ready to be called over and over."""
+        if not self._pair.started:
+            self._pair.start()
+        if not self._serial.started:
+            self._serial.start()
+        if not self._compute.started:
+            self._without_link(self._compute.start)
+        if self._moved is None:
+            with self.link.recording() as self._moved:
+                self._pair()
+        found = (
+            lambda: self._without_link(self._compute),
+            self._moved.replay,
+            self._serial,
+            self._pair,
+        )
+        return dict(zip(FORMS, found, strict=True))
+
+    def _without_link(self, work: Callable[[], object]) -> None:
+        with self.link.taken_out(self._handles[self._compute.next_input]):
+            work()
+
+    def check(self) -> None:
+        """Compare serial and overlapped, bit for bit.
+
+        Raises:
+            WrongResultError: an output, or a gradient, differs.
+        """
+        self._stage.zero_grad()
+        with _deterministic():
+            results = []
+            for form, sign in ((self._serial, 1), (self._pair, -1)):
+                form.stop()
+                form.start()
+                grad, form.grad = form.grad, sign * form.grad
+                output, input_grad = form()
+                form.grad = grad
+                form.stop()
+                results.append((output, input_grad * sign))
+                if sign > 0:
+                    self._expect_gradients()
+        for what, serial, pair in zip(("output", "input gradient"), *results, strict=True):
+            if not torch.equal(serial, pair):
+                raise WrongResultError(f"the {what} of the pair is not that of the serial run")
+        for name, parameter in self._stage.named_parameters():
+            if parameter.grad.any():  # also if it is not a number
+                raise WrongResultError(f"the gradient of {name} is not that of the serial run")
+
+    def _expect_gradients(self) -> None:
+        for name, parameter in self._stage.named_parameters():
+            if parameter.grad is None or not parameter.grad.any():
+                raise WrongResultError(f"the serial run left no gradient of {name}")
+
+    def throttle(self) -> bool:
+        """Repeat communication until it takes as long as compute; False if it does already."""
+        self.link.repeats = 1.0
+        calls = {name: self.calls()[name] for name in ("compute", "comm")}
+        compute_us, comm_us = self._medians(calls)
+        if comm_us >= compute_us:
+            return False
+        # Twice: routes are not repeated, and calls in a row take less than calls alone.
+        for _ in range(2):
+            self.link.repeats *= compute_us / comm_us
+            compute_us, comm_us = self._medians(calls)
+        return True
+
+    def _medians(self, calls: dict[str, timing.Call]) -> list[float]:
+        # The largest of all ranks: the ranks must agree on what follows from it.
+        return [median(values) for values in self._interleaved(calls).values()]
+
+    def measure(self) -> dict[str, list[float]]:
+        """Milliseconds of every form, a number per round."""
+        found = self._interleaved(self.calls())
+        self._buffer.check()  # what kernels have reported, such as a wait that ended without a rank
+        return {name: [1e-3 * us for us in values] for name, values in found.items()}
+
+    def _interleaved(self, calls: dict[str, timing.Call]) -> dict[str, list[float]]:
+        options = self._options
+        return timing.interleaved(
+            calls, self._ranks, rounds=options.rounds, num_calls=options.calls
+        )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Attention without atomic additions; what has no such form is left as it is."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -1,0 +1,120 @@
+"""How much of a pair's communication hides, from the profiler.
+
+What belongs here: a profile of some calls, cut to what ran in them, read by
+``dualpipe_ext.profiling``. In a pass of its own, so that it cannot disturb a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.timing import Call
+from dualpipe_ext.profiling.report import OverlapReport
+from dualpipe_ext.profiling.trace import Trace, read_trace
+
+NUM_CALLS = 3
+_SPAN = "dualpipe bench: calls"
+# GPU and host clocks of a trace agree to some microseconds.
+_APART_S = 1e-3
+_GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class PhaseNotes:
+    """Annotates every launch with the name of its phase, while a profile is taken.
+
+    Give it to a ``Launcher`` as ``on_launch``.
+    """
+
+    def __init__(self) -> None:
+        self._active = False
+        self._open: Any = None
+
+    def __call__(self, name: str) -> None:
+        """A launch begins, and the one before has ended."""
+        if self._active:
+            self._close()
+            self._open = record_function(name)
+            self._open.__enter__()
+
+    def start(self) -> None:
+        self._active = True
+
+    def stop(self) -> None:
+        self._close()
+        self._active = False
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+
+
+def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace:
+    """What ran on this rank's GPU during some calls in a row, which all ranks begin together."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()  # the first one under a profiler is slow
+        torch.cuda.synchronize()
+        time.sleep(_APART_S)
+        ranks.gather_object(None)
+        with record_function(_SPAN):
+            if notes is not None:
+                notes.start()
+            for _ in range(NUM_CALLS):
+                call()
+            torch.cuda.synchronize()
+            if notes is not None:
+                notes.stop()
+        time.sleep(_APART_S)
+    with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        path.write_text(json.dumps(within_calls(json.loads(path.read_text()))))
+        return read_trace(path)
+
+
+def within_calls(document: dict[str, Any]) -> dict[str, Any]:
+    """The trace without GPU work from before or after the calls, and without their annotation."""
+    events = document["traceEvents"]
+    start, end = next(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") == "user_annotation" and e["name"] == _SPAN
+    )
+    kept = [
+        e
+        for e in events
+        if e.get("name") != _SPAN
+        and (e.get("cat") not in _GPU_CATEGORIES or start <= e["ts"] < end)
+    ]
+    return {**document, "traceEvents": kept}
+
+
+def slow_down(pair: OverlapReport, alone: OverlapReport) -> float:
+    """How much longer compute takes while something communicates: 1.08 is 8% longer.
+
+    Args:
+        pair: communication and compute overlapped.
+        alone: the same compute, with nothing beside it.
+
+    10 ms of compute became 11 ms, of which 6 ms were beside communication: what took 5 ms alone
+    took 6 ms there.
+
+    >>> from types import SimpleNamespace as Report
+    >>> pair = Report(compute_us=11e3, communication_us=8e3, hidden=0.75)
+    >>> slow_down(pair, Report(compute_us=10e3))
+    1.2
+    """
+    beside = pair.hidden * pair.communication_us
+    extra = pair.compute_us - alone.compute_us
+    if not beside:
+        return 1.0
+    return beside / (beside - extra) if extra < beside else math.inf

@@ -1,0 +1,225 @@
+"""``dualpipe bench pipeline`` on one rank: every pair, then every schedule, each checked first.
+
+What a transport or a schedule raises becomes a row, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+from statistics import median
+
+import torch
+
+from dualpipe_ext.bench import pipeline_profile, pipeline_steps
+from dualpipe_ext.bench.ep_variants import Variant, variants
+from dualpipe_ext.bench.pipeline_cases import (
+    ERROR,
+    FAILED,
+    UNAVAILABLE,
+    PipelineOptions,
+    PipelineRow,
+    new_row,
+)
+from dualpipe_ext.bench.pipeline_pair import PairBench, WrongResultError
+from dualpipe_ext.bench.pipeline_profile import PhaseNotes
+from dualpipe_ext.bench.progress import say
+from dualpipe_ext.bench.ranks import ProblemError, Ranks
+from dualpipe_ext.bench.record import percentiles
+from dualpipe_ext.bench.stage import middle_stage
+from dualpipe_ext.ep import Buffer
+from dualpipe_ext.models import LanguageModelStage
+from dualpipe_ext.profiling.picture import draw_overlap
+from dualpipe_ext.profiling.report import analyze
+
+
+def run(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
+    """Measure everything that the options ask for; called by all ranks, equal on all of them."""
+    rows: list[PipelineRow] = []
+    if "pair" in options.parts:
+        rows += _Pairs(ranks, options).all()
+        _free(ranks)
+    if "steps" in options.parts:
+        rows += _steps(ranks, options)
+    say(ranks, "")
+    return rows
+
+
+class _Pairs:
+    """The pair with every transport, on one stage."""
+
+    def __init__(self, ranks: Ranks, options: PipelineOptions) -> None:
+        self._ranks, self._options = ranks, options
+        self._stage: LanguageModelStage | None = None
+        self._rows: list[PipelineRow] = []
+
+    def all(self) -> list[PipelineRow]:
+        # With SMs and transports as the options of ``bench ep`` have them.
+        for variant in variants(self._options):
+            say(self._ranks, variant.label)
+            try:
+                buffer = self._ranks.together(lambda variant=variant: self._buffer(variant))
+            except ProblemError as problem:
+                self._rows.append(self._row(variant, status=UNAVAILABLE, reason=str(problem)))
+                continue
+            self._variant(variant, buffer)
+            del buffer
+            _free(self._ranks)
+        return self._rows
+
+    def _buffer(self, variant: Variant) -> Buffer:
+        options = self._options
+        return Buffer(
+            hidden=options.model.hidden,
+            num_experts=options.model.num_experts,
+            top_k=options.model.top_k,
+            max_tokens=options.tokens,
+            dtype=options.dtype,
+            transport=variant.transport,
+            num_sms=variant.num_sms,
+            num_slabs=0,
+        )
+
+    def _variant(self, variant: Variant, buffer: Buffer) -> None:
+        """The rows of one transport: the link as it is, and throttled."""
+        notes = PhaseNotes()
+        try:
+            bench = self._ranks.together(lambda: self._bench(buffer, notes))
+            for throttled in (False, True) if self._options.throttle else (False,):
+                say(self._ranks, variant.label, "throttled" if throttled else "as it is")
+                if throttled and not self._ranks.together(bench.throttle):
+                    return
+                self._ranks.together(bench.check)
+                row = self._row(variant)
+                self._measure(bench, row, notes)
+                self._rows.append(row)
+        except ProblemError as problem:
+            wrong = WrongResultError.__name__ in str(problem)
+            status = FAILED if wrong else ERROR
+            self._rows.append(self._row(variant, status=status, reason=str(problem)))
+
+    def _bench(self, buffer: Buffer, notes: PhaseNotes) -> PairBench:
+        options = self._options
+        if self._stage is None:
+            self._stage = middle_stage(
+                options.model,
+                range(options.model.num_layers),
+                buffer=buffer,
+                dtype=options.dtype,
+                device=self._ranks.device,
+            )
+        return PairBench(self._ranks, options, self._stage, buffer, notes)
+
+    def _measure(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
+        times = self._ranks.together(bench.measure)
+        row.repeats = round(bench.link.repeats, 4)
+        row.compute_ms, row.comm_ms = (
+            round(median(times[form]), 4) for form in ("compute", "comm")
+        )
+        row.set_times("serial_ms", percentiles(times["serial"]))
+        row.set_times("pair_ms", percentiles(times["pair"]))
+        row.speed_up = round(row.serial_ms_p50 / row.pair_ms_p50, 4)
+        row.pair_over_longer = round(row.pair_ms_p50 / max(row.compute_ms, row.comm_ms), 4)
+        if self._ranks.device.type != "cuda":
+            return
+        try:
+            self._ranks.together(lambda: self._profile(bench, row, notes))
+        except ProblemError as problem:
+            row.reason = f"no profile: {problem}"  # its times are right all the same
+
+    def _profile(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
+        calls = bench.calls()
+        alone = analyze(pipeline_profile.trace_of(calls["compute"], self._ranks))
+        trace = pipeline_profile.trace_of(calls["pair"], self._ranks, notes)
+        report = analyze(trace)
+        slower = pipeline_profile.slow_down(report, alone)
+        worst = self._ranks.maxima([-report.hidden, slower, report.waiting_us])
+        row.hidden_share, row.compute_slow_down = round(-worst[0], 4), round(worst[1], 4)
+        row.waiting_ms = round(1e-3 * worst[2] / pipeline_profile.NUM_CALLS, 4)
+        row.comm_ctas = report.comm_ctas
+        picture = self._options.picture
+        if picture is not None and self._ranks.rank == 0:
+            label = "-".join(str(part) for part in (row.transport, row.num_sms) if part)
+            throttled = "" if row.repeats == 1 else "-throttled"
+            draw_overlap(trace, report, picture.with_stem(f"{picture.stem}-{label}{throttled}"))
+
+    def _row(self, variant: Variant, **values: str) -> PipelineRow:
+        options = self._options
+        return new_row(
+            options,
+            options.model,
+            part="pair",
+            device=self._ranks.device.type,
+            pp=1,
+            ep=self._ranks.num_ranks,
+            layers=options.model.num_layers,
+            transport=variant.transport,
+            num_sms=variant.num_sms,
+            **values,
+        )
+
+
+def _steps(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
+    """A row per schedule."""
+    mesh = pipeline_steps.Mesh(ranks, options.ep)
+    rows: list[PipelineRow] = []
+    expected: tuple[float, float] | None = None
+    try:
+        buffer = ranks.together(lambda: pipeline_steps.step_buffer(options, mesh))
+        send_s = ranks.together(lambda: pipeline_steps.send_seconds(ranks, options, mesh))
+    except ProblemError as problem:
+        reason = str(problem)
+        return [_step_row(ranks, options, mesh, k, UNAVAILABLE, reason) for k in options.schedules]
+    for kind in options.schedules:
+        say(ranks, f"steps under {kind}")
+        bench = None
+        try:
+            bench = ranks.together(
+                lambda kind=kind: pipeline_steps.StepBench(ranks, options, mesh, buffer, kind)
+            )
+            found = ranks.together(bench.fingerprint)
+            wrong = expected and pipeline_steps.wrong_fingerprint(found, expected)
+            if wrong:
+                rows.append(_step_row(ranks, options, mesh, kind, FAILED, wrong))
+                continue
+            expected = expected or found
+            rows.append(ranks.together(lambda bench=bench: bench.measure(send_s)))
+        except ProblemError as problem:
+            rows.append(_step_row(ranks, options, mesh, kind, ERROR, str(problem)))
+        finally:
+            if bench is not None:
+                bench.close()
+            del bench
+            _free(ranks)
+    return rows
+
+
+def _step_row(
+    ranks: Ranks,
+    options: PipelineOptions,
+    mesh: pipeline_steps.Mesh,
+    kind: str,
+    status: str,
+    reason: str,
+) -> PipelineRow:
+    return new_row(
+        options,
+        options.step_model,
+        part="step",
+        device=ranks.device.type,
+        pp=mesh.pp,
+        ep=mesh.ep,
+        layers=options.step_layers,
+        transport=options.step_transport,
+        schedule=kind,
+        num_chunks=options.num_chunks,
+        status=status,
+        reason=reason,
+    )
+
+
+def _free(ranks: Ranks) -> None:
+    """Give memory back to the device: what follows needs nearly all of it."""
+    gc.collect()
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -1,0 +1,236 @@
+"""``dualpipe bench pipeline``: its options, file and exit code.
+
+What is measured is in ``dualpipe_ext.bench``, in the files that begin with ``pipeline_``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualpipe_ext.cli.bench.options import (
+    JSON,
+    OUTPUT,
+    RANKS,
+    ROUNDS,
+    SIZE,
+    WHAT,
+    output_option,
+    read_numbers,
+    read_processes,
+    read_words,
+    report,
+    target_of,
+)
+from dualpipe_ext.files import check_picture, check_target
+
+_TRANSPORTS = {"cuda": "nvlink,copy_engine,collective", "cpu": "collective"}
+_PEAK = 989.0
+
+
+def command(
+    context: typer.Context,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes. [default: one per GPU; on a CPU 2]",
+            rich_help_panel=RANKS,
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=RANKS)
+    ] = "cuda",
+    transports: Annotated[
+        str | None,
+        typer.Option(
+            help="How the pair's tokens travel. [default: nvlink,copy_engine,collective; "
+            "on a CPU collective]",
+            rich_help_panel=RANKS,
+            show_default=False,
+        ),
+    ] = None,
+    sms: Annotated[
+        str, typer.Option(help="Communication SMs for nvlink.", rich_help_panel=RANKS)
+    ] = "24,8",
+    parts: Annotated[
+        str, typer.Option(help="pair, steps or both.", rich_help_panel=WHAT)
+    ] = "pair,steps",
+    throttle: Annotated[
+        bool,
+        typer.Option(
+            help="Also repeat communication until it takes as long as compute.",
+            rich_help_panel=WHAT,
+        ),
+    ] = True,
+    schedules: Annotated[
+        str | None,
+        typer.Option(
+            help="Schedules of the steps. [default: 1f1b,zb1p,dualpipe,dualpipev, those that the "
+            "ranks can run]",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=SIZE)
+    ] = 4096,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per sequence. [default: all]", rich_help_panel=SIZE, show_default=False
+        ),
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168,
+    expert_hidden: Annotated[
+        int, typer.Option(help="Inner width of an expert.", rich_help_panel=SIZE)
+    ] = 2048,
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8,
+    experts: Annotated[
+        int, typer.Option(help="Pair: experts over all ranks.", rich_help_panel=SIZE)
+    ] = 256,
+    layers: Annotated[int, typer.Option(help="Pair: layers.", rich_help_panel=SIZE)] = 4,
+    ep: Annotated[
+        int,
+        typer.Option(
+            help="Steps: expert-parallel ranks; the others are pipeline ranks.",
+            rich_help_panel=RANKS,
+        ),
+    ] = 1,
+    step_experts: Annotated[
+        int, typer.Option(help="Steps: experts, over --ep ranks.", rich_help_panel=SIZE)
+    ] = 32,
+    step_layers: Annotated[
+        int, typer.Option(help="Steps: layers per rank.", rich_help_panel=SIZE)
+    ] = 2,
+    step_transport: Annotated[
+        str, typer.Option(help="Steps: how tokens travel.", rich_help_panel=RANKS)
+    ] = "auto",
+    num_chunks: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps: micro-batches. [default: 4 per pipeline rank]",
+            rich_help_panel=SIZE,
+            show_default=False,
+        ),
+    ] = None,
+    memory_level: Annotated[
+        int, typer.Option(help="Activations kept, 0 (all) to 3.", rich_help_panel=SIZE)
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float32 or float64.", rich_help_panel=SIZE)
+    ] = "bfloat16",
+    peak_tflops: Annotated[
+        float, typer.Option(help="Of a GPU, for MFU.", rich_help_panel=WHAT)
+    ] = _PEAK,
+    rounds: Annotated[int, typer.Option(help="Numbers per figure.", rich_help_panel=WHAT)] = ROUNDS,
+    calls: Annotated[
+        int, typer.Option(help="Pairs in a row behind a number.", rich_help_panel=WHAT)
+    ] = 4,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the two streams of a pair, a file per transport: NAME-nvlink-24.png, ...",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    output: Annotated[Path | None, output_option("pipeline")] = None,
+    as_json: Annotated[bool, JSON] = False,
+) -> None:
+    """Measure how much communication an overlapped pair hides, and steps under each schedule.
+
+    Layers as wide as DeepSeek-V3's. A pair is the forward of one micro-batch beside the backward of
+    another, with experts over all ranks; a step runs a pipeline over all ranks (or ranks / --ep).
+    Results are checked before anything is timed. Exit code 1: one was wrong, or nothing could be
+    measured. The default sizes fit two GPUs of 141 GB.
+    """
+    if picture is not None:
+        if device != "cuda":
+            raise ValueError(f"expected --device cuda for --picture, got {device}")
+        check_target(picture)
+        check_picture(picture)
+    from dualpipe_ext.bench import pipeline_run
+    from dualpipe_ext.bench.pipeline_cases import (
+        ERROR,
+        FAILED,
+        OK,
+        PipelineOptions,
+        usual_schedules,
+    )
+    from dualpipe_ext.bench.pipeline_table import print_rows
+    from dualpipe_ext.bench.ranks import start
+    from dualpipe_ext.models import ModelConfig
+    from dualpipe_ext.training.config import DTYPES
+
+    small = (
+        "pipeline --device cpu --dtype float32 --tokens 64 --hidden 256 --expert-hidden 128 "
+        "--experts 8 --step-experts 8 --layers 1"
+    )
+    num_processes = read_processes(ranks, device, small=small)
+    if dtype not in DTYPES:
+        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    pp = max(1, num_processes // max(1, ep))
+    num_chunks = 4 * pp if num_chunks is None else num_chunks
+    usual = usual_schedules(pp, num_chunks)
+    options = PipelineOptions(
+        parts=read_words(parts),
+        model=ModelConfig(
+            hidden=hidden,
+            num_layers=layers,
+            num_heads=max(1, hidden // 128),
+            num_experts=experts,
+            top_k=top_k,
+            num_groups=1,
+            top_groups=1,
+            expert_hidden=expert_hidden,
+            shared_hidden=expert_hidden,
+            memory_level=memory_level,
+        ),
+        tokens=tokens,
+        seq_len=tokens if seq_len is None else seq_len,
+        dtype=DTYPES[dtype],
+        transports=_transports(_TRANSPORTS[device] if transports is None else transports),
+        sms=read_numbers("--sms", sms),
+        throttle=throttle,
+        schedules=usual if schedules is None else read_words(schedules),
+        ep=ep,
+        step_experts=step_experts,
+        step_layers=step_layers,
+        step_transport=step_transport,
+        num_chunks=num_chunks,
+        rounds=rounds,
+        calls=calls,
+        peak_tflops=peak_tflops,
+        picture=picture,
+    ).checked(num_processes)
+    target = _target(output)
+    rows = start(pipeline_run.run, num_processes, options, virtual=False, device_type=device)
+    if rows is None:  # under torchrun, not the first rank
+        return
+    report([row.to_dict() for row in rows], target, context, print_rows, as_json=as_json)
+    statuses = {row.status for row in rows}
+    if statuses & {FAILED, ERROR} or OK not in statuses:
+        raise typer.Exit(1)
+
+
+def _transports(text: str) -> tuple[str, ...]:
+    from dualpipe_ext.ep.registry import transport_names
+
+    words = read_words(text)
+    names = transport_names()[1:]  # without "auto": a row says what was used
+    for word in words or (text,):
+        if word not in names:
+            raise ValueError(f"expected --transports of {', '.join(names)}, got {word!r}")
+    return words
+
+
+def _target(output: Path | None) -> Path:
+    """Where rows go, once it is known that they can."""
+    from dualpipe_ext.bench.pipeline_cases import columns
+    from dualpipe_ext.bench.record import check_columns
+
+    target = target_of("pipeline", output)
+    check_columns(target, columns())
+    return target

@@ -1,0 +1,125 @@
+"""Runs of ``dualpipe bench pipeline`` at a size for tests, also with pairs that are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+
+from dualpipe_ext.bench import pipeline_pair, pipeline_run, pipeline_steps
+from dualpipe_ext.bench.pipeline_cases import PipelineOptions, PipelineRow
+from dualpipe_ext.bench.pipeline_pair import PairBench, WrongResultError
+from dualpipe_ext.bench.ranks import Ranks
+from dualpipe_ext.bench.stage import middle_stage
+from dualpipe_ext.ep import Buffer
+from dualpipe_ext.models import ModelConfig
+
+MODEL = ModelConfig(
+    hidden=64,
+    num_layers=2,
+    num_heads=1,
+    num_experts=4,
+    top_k=2,
+    num_groups=1,
+    top_groups=1,
+    expert_hidden=32,
+    shared_hidden=32,
+)
+OPTIONS = PipelineOptions(
+    parts=("pair", "steps"),
+    model=MODEL,
+    tokens=16,
+    seq_len=8,
+    dtype=torch.float32,
+    transports=("collective",),
+    sms=(8,),
+    throttle=False,
+    schedules=("1f1b", "zb1p", "dualpipe", "dualpipev"),
+    ep=1,
+    step_experts=4,
+    step_layers=2,
+    step_transport="collective",
+    num_chunks=4,
+    rounds=2,
+    calls=1,
+)
+
+
+def make_pair(ranks: Ranks, options: PipelineOptions = OPTIONS) -> PairBench:
+    buffer = Buffer(
+        hidden=options.model.hidden,
+        num_experts=options.model.num_experts,
+        top_k=options.model.top_k,
+        max_tokens=options.tokens,
+        dtype=options.dtype,
+        transport=options.transports[0],
+    )
+    layers = range(options.model.num_layers)
+    kind = {"dtype": options.dtype, "device": ranks.device}
+    stage = middle_stage(options.model, layers, buffer=buffer, **kind)
+    return PairBench(ranks, options, stage, buffer)
+
+
+def without_weight_gradients(forward, backward):
+    """A pair that forgets what it deferred."""
+    forward.forward()
+    backward.backward(defer=True)
+    backward._store.clear()
+
+
+def with_the_forwards_gradient(forward, backward):
+    """A pair that gives a backward the gradient twice."""
+    forward.forward()
+    for slot in backward._output_slots:
+        slot.add(slot.grad)
+    backward.backward(defer=False)
+
+
+def told_of(ranks: Ranks, wrong_pair) -> str:
+    with patch.object(pipeline_pair, "run_pair", wrong_pair):
+        bench = make_pair(ranks)
+    try:
+        bench.check()
+    except WrongResultError as error:
+        return str(error)
+    return ""
+
+
+def check_pairs(ranks: Ranks) -> list[str]:
+    """What the check says of the real pair, and of two wrong ones."""
+    pairs = (pipeline_pair.run_pair, without_weight_gradients, with_the_forwards_gradient)
+    return [told_of(ranks, pair) for pair in pairs]
+
+
+def throttled(ranks: Ranks) -> tuple[list[tuple[bool, float]], list[str]]:
+    """What the throttle makes of compute of 30 us beside communication of 12 us, which is 25 us
+    after the first correction, and beside 30 us; and the forms that a throttled bench measures."""
+    bench = make_pair(ranks)
+    found = []
+    for times in ([[30.0, 12.0], [30.0, 25.0], [30.0, 30.0]], [[30.0, 30.0]]):
+        with patch.object(bench, "_medians", side_effect=times):
+            found.append((bench.throttle(), bench.link.repeats))
+    bench.link.repeats = 2.5
+    bench.check()
+    return found, list(bench.measure())
+
+
+def all_kinds(ranks: Ranks, options: PipelineOptions) -> list[list[PipelineRow]]:
+    """Everything; a pair that is wrong; a schedule whose gradients are; a transport not here."""
+    found = [pipeline_run.run(ranks, options)]
+    pairs = replace(options, parts=("pair",))
+    with patch.object(pipeline_pair, "run_pair", without_weight_gradients):
+        found.append(pipeline_run.run(ranks, pairs))
+    steps = replace(options, parts=("steps",), schedules=("1f1b", "dualpipe"))
+    with patch.object(pipeline_steps, "Pipeline", _NoMirroring):
+        found.append(pipeline_run.run(ranks, steps))
+    found.append(pipeline_run.run(ranks, replace(pairs, transports=("nvlink", "collective"))))
+    return found
+
+
+class _NoMirroring(pipeline_steps.Pipeline):
+    """Copies of a stage keep their own gradients."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, sync_mirrored_grads=False, **options)

@@ -1,0 +1,23 @@
+"""The check accepts the overlapped pair and nothing else, and the throttle finds its repeats."""
+
+from __future__ import annotations
+
+import pytest
+
+from dualpipe_ext.bench.ranks import start
+from tests.bench.pipeline_runs import check_pairs, throttled
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_serial_and_overlapped_are_equal_bit_for_bit(ranks):
+    good, lost, doubled = start(check_pairs, ranks, virtual=False, device_type="cpu")
+    assert good == ""
+    assert lost.startswith("the gradient of layers.1.")
+    assert doubled == "the input gradient of the pair is not that of the serial run"
+
+
+def test_communication_is_repeated_until_it_takes_as_long_as_compute():
+    (less, more), forms = start(throttled, 2, virtual=False, device_type="cpu")
+    assert less == (True, pytest.approx(30 / 12 * 30 / 25))
+    assert more == (False, 1.0)
+    assert forms == ["compute", "comm", "serial", "pair"]

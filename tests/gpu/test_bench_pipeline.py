@@ -1,0 +1,47 @@
+"""The pipeline benchmark on one GPU: every figure of a pair, at a size for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dualpipe_ext.bench import pipeline_run
+from dualpipe_ext.bench.ranks import start
+from tests.bench.pipeline_runs import MODEL, OPTIONS, check_pairs
+
+WIDE = replace(
+    OPTIONS,
+    model=MODEL.with_overrides(
+        hidden=1024, num_heads=8, num_experts=8, expert_hidden=512, shared_hidden=512
+    ),
+    tokens=1024,
+    seq_len=512,
+    dtype=torch.bfloat16,
+    throttle=True,
+)
+
+
+def test_the_check_on_a_gpu():
+    good, lost, doubled = start(check_pairs, 1, virtual=False, device_type="cuda")
+    assert good == ""
+    assert "gradient" in lost
+    assert "gradient" in doubled
+
+
+@pytest.mark.parametrize("transport", ["nvlink", "copy_engine", "collective"])
+def test_every_figure_of_a_pair(transport, tmp_path):
+    options = replace(WIDE, parts=("pair",), transports=(transport,), picture=tmp_path / "pair.png")
+    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    assert [row.status for row in rows] == ["ok"] * len(rows), [row.reason for row in rows]
+    for row in rows:
+        assert 0 <= row.hidden_share <= 1
+        assert row.compute_slow_down > 0
+        assert row.waiting_ms >= 0
+        assert row.speed_up > 0
+    assert len(list(tmp_path.glob(f"pair-{transport}*.png"))) == len(rows)
+    if len(rows) == 2:
+        # Compute and communication at most a quarter apart, at a size where launches take long.
+        assert rows[1].repeats > 1
+        assert rows[1].comm_ms == pytest.approx(rows[1].compute_ms, rel=0.25)

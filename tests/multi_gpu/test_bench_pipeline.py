@@ -1,0 +1,39 @@
+"""The pipeline benchmark on two GPUs: pairs over every transport, and every schedule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dualpipe_ext.bench import pipeline_run
+from dualpipe_ext.bench.ranks import start
+from tests.bench.pipeline_runs import OPTIONS
+from tests.gpu.test_bench_pipeline import WIDE
+
+
+def test_pairs_over_every_transport():
+    transports = ("nvlink", "copy_engine", "collective")
+    options = replace(WIDE, parts=("pair",), transports=transports)
+    rows = start(pipeline_run.run, 2, options, virtual=False, device_type="cuda")
+    assert [row.reason for row in rows if row.status != "ok"] == []
+    assert {row.transport for row in rows} == set(transports)
+    for row in rows:
+        assert 0 < row.hidden_share <= 1
+        assert row.comm_ms > 0
+
+
+def test_steps_under_every_schedule():
+    options = replace(WIDE, parts=("steps",), step_experts=8, step_transport="auto")
+    rows = start(pipeline_run.run, 2, options, virtual=False, device_type="cuda")
+    assert [row.reason for row in rows if row.status != "ok"] == []
+    assert [row.schedule for row in rows] == list(OPTIONS.schedules)
+    for row in rows:
+        assert row.tokens_per_s > 0
+        assert row.predicted_span_ms > 0
+
+
+def test_steps_with_expert_parallel_ranks():
+    options = replace(
+        WIDE, parts=("steps",), ep=2, step_experts=8, step_transport="auto", schedules=("1f1b",)
+    )
+    (row,) = start(pipeline_run.run, 2, options, virtual=False, device_type="cuda")
+    assert (row.status, row.pp, row.ep, row.send_ms) == ("ok", 1, 2, 0.0), row.reason
