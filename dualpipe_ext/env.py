@@ -40,6 +40,11 @@ VARIABLES: Sequence[Variable] = (
         default="0",
         choices=("0", "1"),
     ),
+    Variable(
+        name="DUALPIPE_COMMIT",
+        meaning="what benchmark rows call a tree that was copied without its history",
+        default="",
+    ),
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}

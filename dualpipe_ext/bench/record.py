@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dualpipe_ext import env
 from dualpipe_ext.files import check_target, replacing
 
 RESULTS = Path("benchmarks") / "results"
@@ -104,7 +105,7 @@ def circumstances() -> dict[str, object]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     values = (
         datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        os.environ.get("DUALPIPE_COMMIT") or _output("git", "describe", "--always", "--dirty"),
+        env.read("DUALPIPE_COMMIT") or _output("git", "describe", "--always", "--dirty"),
         gpu,
         torch.cuda.device_count(),
         _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
