@@ -38,6 +38,9 @@ except ImportError:  # not on every platform that torch runs on
     triton = None
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Weights that the kernel casts. From 32-bit ones Triton 3.6 makes a wrong transpose on an H200
+# (docs/LOG.md, "FP8 experts"), so torch casts those: slower, and nobody's weights at scale.
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class QuantizedWeights(NamedTuple):
@@ -84,7 +87,7 @@ def quantize_weights(w: Tensor) -> tuple[QuantizedWeights, QuantizedWeights]:
         )
     num_groups, size_k, size_n = w.shape
     blocks = (num_groups, size_k // BLOCK, size_n // BLOCK)
-    if persistent_gemm.usable_on(w.device) and w.numel():
+    if persistent_gemm.usable_on(w.device) and w.dtype in _KERNEL_DTYPES and w.numel():
         values = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
         turned = values.new_empty(num_groups, size_n, size_k)
         scales = torch.empty(blocks, dtype=torch.float32, device=w.device)

@@ -46,6 +46,7 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
             f"expected w of shape [{offsets.shape[0]}, {x.shape[1]}, N] and {x.dtype}, "
             f"got {list(w.shape)} and {w.dtype}"
         )
+    x, w = _readable(x), _readable(w)
     if x.shape[0] and _on_device(x, w):
         if max_sms is not None and (kernels := _kernels_for(x.device)) is not None:
             rows, how = _by_rows(x), {"out_dtype": x.dtype, "max_sms": max_sms}
@@ -87,6 +88,7 @@ def grouped_mm_weight_grad(
             f"expected grad of shape [{x.shape[0]}, N] and {x.dtype}, "
             f"got {list(grad.shape)} and {grad.dtype}"
         )
+    x, grad = _readable(x), _readable(grad)
     if x.shape[0] and _on_device(x, grad):
         if max_sms is not None and (kernels := _kernels_for(x.device)) is not None:
             how = {"num_rows": x.shape[0], "out_dtype": x.dtype, "max_sms": max_sms}
@@ -140,6 +142,12 @@ def _kernels_for(device: torch.device) -> ModuleType | None:
 def _by_rows(t: Tensor) -> Tensor:
     """With contiguous rows one after the other, as the kernels read them."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def _readable(t: Tensor) -> Tensor:
+    """``t``, or a copy where only its strides keep it from ``torch._grouped_mm``."""
+    copied = t.is_cuda and t.dtype == torch.bfloat16 and not _aligned(t)
+    return t.contiguous() if copied else t
 
 
 def _on_device(*operands: Tensor) -> bool:

@@ -14,9 +14,9 @@ eps), n = x * r and g = grad_y * weight, of one row:
 from __future__ import annotations
 
 import math
-import os
 
 import torch
+from dualpipe_ext.kernels.backend import DTYPES, runs_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Each row over its root mean square, times the weight. Differentiable once.
 
     Args:
-        x: [..., H], H at least 1; float32, bfloat16 or float16; on the CPU also float64. Last
+        x: [..., H], H at least 1; float32, bfloat16, float16 or float64 (by torch). Last
             dimension contiguous. Its squares must fit in float32.
         weight: [H], contiguous, in the dtype of x or float32.
         eps: added to the mean square; finite, at least 0.
@@ -226,7 +226,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         rows = x.reshape(-1, x.shape[-1])
-        if _runs_triton(x):
+        if runs_triton(x):
             return rms_norm_forward(rows, weight, eps).view(x.shape)
         wide = rows.to(_wide(x.dtype))
         y = wide * _inverse_rms(wide, eps) * weight.to(wide.dtype)
@@ -239,7 +239,7 @@ class _RMSNorm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         # Autograd may hand over an expanded gradient (of a sum), whose strides are 0.
         grad_rows = grad_y.contiguous().view(rows.shape)
-        backward = rms_norm_backward if _runs_triton(x) else _fallback_backward
+        backward = rms_norm_backward if runs_triton(x) else _fallback_backward
         grad_x, grad_weight = backward(grad_rows, rows, weight, ctx.eps)
         return grad_x.view(x.shape), grad_weight, None
 
@@ -261,11 +261,6 @@ def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
     return 1.0 / (rows.square().mean(1, keepdim=True) + eps).sqrt()
 
 
-def _runs_triton(x: Tensor) -> bool:
-    # The interpreter runs the kernels on CPU tensors; nobody but a test asks for it.
-    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -278,11 +273,8 @@ def _launch(size: int) -> dict[str, int]:
 def _check(x: Tensor, weight: Tensor, eps: float) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"expected x of shape [..., H] with H at least 1, got {list(x.shape)}")
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if not _runs_triton(x):
-        allowed.append(torch.float64)
-    if x.dtype not in allowed:
-        raise ValueError(f"expected x in one of {allowed}, got {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"expected x in one of {DTYPES}, got {x.dtype}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"expected x with contiguous rows, got strides {x.stride()}")
     if weight.shape != x.shape[-1:] or weight.dtype not in (x.dtype, torch.float32):

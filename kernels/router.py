@@ -17,10 +17,10 @@ blocks of tokens that one program handles.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
+from dualpipe_ext.kernels.backend import runs_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -148,7 +148,7 @@ def choose_experts(biased: Tensor, *, num_groups: int, top_groups: int, top_k: i
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, bias, rules, maps, counts):
-        run = _route_triton if _runs_triton(logits) else _route_torch
+        run = _route_triton if runs_triton(logits) else _route_torch
         topk_idx, scores, weights, slot_idx = run(logits, bias, rules, maps, counts)
         ctx.save_for_backward(topk_idx, scores)
         ctx.num_experts, ctx.route_scale = logits.shape[1], rules.route_scale
@@ -425,13 +425,6 @@ def _num_warps(sizes: dict[str, int]) -> int:
 
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
-
-
-def _runs_triton(x: Tensor) -> bool:
-    # The interpreter runs the kernels on CPU tensors; nobody but a test asks for it.
-    # float64 is left to torch everywhere.
-    usable = triton is not None and x.dtype == torch.float32
-    return usable and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _check_sizes(logits: Tensor, bias: Tensor, rules: _Rules) -> None:

@@ -11,9 +11,8 @@ float32.
 
 from __future__ import annotations
 
-import os
-
 import torch
+from dualpipe_ext.kernels.backend import DTYPES, runs_triton
 from torch import Tensor
 
 try:
@@ -32,7 +31,7 @@ def swiglu(x: Tensor | tuple[Tensor, Tensor], weights: Tensor | None = None) -> 
 
     Args:
         x: [M, 2I], the gate in the first half of each row; or the pair (gate, up), both [M, I].
-            float32, bfloat16 or float16; on the CPU also float64. Last dimension contiguous.
+            float32, bfloat16, float16 or float64 (by torch). Last dimension contiguous.
         weights: float32 [M] (float64 for float64 rows), or None.
 
     Returns:
@@ -229,7 +228,7 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 
 def _forward(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
-    if _runs_triton(gate):
+    if runs_triton(gate):
         return swiglu_forward(gate, up, weights)
     wide = _wide(gate.dtype)
     y = torch.nn.functional.silu(gate.to(wide)) * up.to(wide)
@@ -246,7 +245,7 @@ def _backward(
     grad_gate: Tensor,
     grad_up: Tensor,
 ) -> Tensor | None:
-    if _runs_triton(gate):
+    if runs_triton(gate):
         # Autograd may hand over an expanded gradient (of a sum), whose strides are 0.
         return swiglu_backward(grad_y.contiguous(), gate, up, weights, grad_gate, grad_up)
     wide = _wide(gate.dtype)
@@ -260,11 +259,6 @@ def _backward(
     grad_gate.copy_(grad * u * (sigmoid + silu * (1 - sigmoid)))
     grad_up.copy_(grad * silu)
     return grad_weights
-
-
-def _runs_triton(x: Tensor) -> bool:
-    # The interpreter runs the kernels on CPU tensors; nobody but a test asks for it.
-    return triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -288,11 +282,8 @@ def _check(gate: Tensor, up: Tensor, weights: Tensor | None) -> None:
             f"expected gate and up of one shape [M, I], got {tuple(gate.shape)} and "
             f"{tuple(up.shape)}"
         )
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if not _runs_triton(gate):
-        allowed.append(torch.float64)
-    if gate.dtype not in allowed or up.dtype != gate.dtype:
-        raise ValueError(f"expected gate and up in one of {allowed}, got {gate.dtype}, {up.dtype}")
+    if gate.dtype not in DTYPES or up.dtype != gate.dtype:
+        raise ValueError(f"expected gate and up in one of {DTYPES}, got {gate.dtype}, {up.dtype}")
     if up.device != gate.device:
         raise ValueError(f"expected gate and up on one device, got {gate.device}, {up.device}")
     for name, tensor in (("gate", gate), ("up", up)):

@@ -18,7 +18,7 @@ of gradients, for which large stages leave no room, is not needed.
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +36,7 @@ from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 FORMS = ("compute", "comm", "serial", "pair")
 # Chunks with inputs of their own, so that a mix-up of two is a wrong gradient.
 _INPUTS = 2
@@ -243,18 +244,27 @@ class PairBench:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Attention without atomic additions; what has no such form is left as it is."""
+    """Attention without atomic additions: its backward has them unless this is asked strictly.
+
+    Raises:
+        RuntimeError: in the body, of an operation that has no deterministic form.
+    """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch asks for one of two settings of cuBLAS. Its own workspaces, one for every stream, make
+    # products repeatable whichever was read when cuBLAS was loaded.
+    setting = os.environ.get(_CUBLAS)
+    os.environ[_CUBLAS] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fills
+        del os.environ[_CUBLAS]
+        if setting is not None:
+            os.environ[_CUBLAS] = setting

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dualpipe_ext.launch import run_ranks
+from tests.training.small_costs import reckon_as_on_a_cpu
 from tests.training.test_average import MOVING, move
 
 CONFIG = replace(MOVING, pp=1, dtype="float32")
 
 
+def averages(config, steps):
+    reckon_as_on_a_cpu()
+    return move(config, steps, "cuda")
+
+
 def test_averages_follow_experts_that_move():
-    fixed, _ = run_ranks(move, 2, replace(CONFIG, rebalance_every=0), 7, "cuda", run_timeout_s=300)[
-        0
-    ]
-    results = run_ranks(move, 2, CONFIG, 7, "cuda", run_timeout_s=300)
+    fixed, _ = run_ranks(averages, 2, replace(CONFIG, rebalance_every=0), 7, run_timeout_s=300)[0]
+    results = run_ranks(averages, 2, CONFIG, 7, run_timeout_s=300)
     assert sum(moved for _, moved in results) > 0
     moving, _ = results[0]
     assert moving.keys() == fixed.keys()

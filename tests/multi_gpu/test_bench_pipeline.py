@@ -17,7 +17,9 @@ def test_pairs_over_every_transport():
     assert [row.reason for row in rows if row.status != "ok"] == []
     assert {row.transport for row in rows} == set(transports)
     for row in rows:
-        assert 0 < row.hidden_share <= 1
+        assert 0 <= row.hidden_share <= 1
+        # NCCL's calls wait for counts on the host, which may leave nothing to hide behind.
+        assert row.hidden_share > 0 or row.transport == "collective"
         assert row.comm_ms > 0
 
 

@@ -17,6 +17,7 @@ from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.training import experts
 from tests.eplb.ranks import random_map
 from tests.eplb.test_migrator import migrate_beside_compute
+from tests.training.small_costs import reckon_as_on_a_cpu
 from tests.training.test_compare import go_on_in_both_ways
 from tests.training.test_experts import MOVING, optimizer_state_follows, watch_a_run
 
@@ -72,6 +73,7 @@ def test_waves_follow_the_optimizer_and_the_host_does_not_wait(path: str) -> Non
 
 
 def with_path(path: str, fn: Any, *args: Any) -> Any:
+    reckon_as_on_a_cpu()
     experts.Migrator = functools.partial(Migrator, path=path)
     return fn(*args, "cuda")
 
