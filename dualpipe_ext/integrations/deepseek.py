@@ -90,6 +90,9 @@ class WeightGradStore:
 class _GlobalStore(_Store):
     """Defers to this package's own layers and to :class:`WeightGradStore` alike."""
 
+    # The other store runs first in, first out.
+    in_parts = False
+
     @contextmanager
     def deferring(self, key: Hashable) -> Iterator[None]:
         WeightGradStore.enabled = True
@@ -100,10 +103,10 @@ class _GlobalStore(_Store):
             WeightGradStore.enabled = False
         WeightGradStore.flush()
 
-    def run(self, key: Hashable) -> None:
+    def run(self, key: Hashable, part: int | None = None) -> None:
         # First in, first out: the schedules run W in the order of the I.
         WeightGradStore.pop()
-        super().run(key)
+        super().run(key, part)
 
     def clear(self) -> None:
         WeightGradStore.clear()

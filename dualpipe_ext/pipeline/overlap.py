@@ -1,9 +1,9 @@
 """The overlap engine: a stage runs phase by phase, so that two chunks can take turns.
 
 What belongs here: the :class:`Phase` that a stage is made of, :class:`ChunkGraph` (one chunk on one
-stage, autograd cut between phases), the order in which the forward of one chunk and the backward of
-another are launched (:func:`interleave`), and the streams they are launched on (:class:`Launcher`).
-Nothing here knows what the phases compute.
+stage, autograd cut between phases), the streams they are launched on (:class:`Launcher`), and
+:func:`run_pair`, the forward of one chunk beside the backward of another, in an order that
+``launch_order.py`` finds. Nothing here knows what the phases compute.
 
 A stage offers phases with a method ``phases() -> Sequence[Phase]``; ``stage(*inputs)`` must equal
 their composition. A phase's ``fn`` takes the state as positional arguments and returns the next
@@ -16,17 +16,18 @@ on has waited for its last use (``stream_memory.py``).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
+from dualpipe_ext.pipeline.launch_order import Launch
+from dualpipe_ext.pipeline.pair_orders import PairOrders, Sample
 from dualpipe_ext.pipeline.stream_memory import StreamMemory
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 
@@ -54,57 +55,6 @@ class Phase:
             )
 
 
-class Launch(NamedTuple):
-    """One launch of a pair: F or B of a phase, or W, its deferred weight gradients."""
-
-    op: Literal["F", "B", "W"]
-    index: int
-
-
-def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Launch]:
-    """The order in which a pair's phases are launched.
-
-    Each side is cut into runs of phases on the same stream. The two sides take turns, backward
-    first, so that in every turn one communicates while the other computes; where both would use
-    the same stream, the backward goes ahead alone until they do not. Weight gradients fill in
-    behind the next communication of the backward, or follow at once if there is none left. For one
-    layer of attention, dispatch, mlp and combine this is the order of DeepSeek-V3's published
-    profile: combine(B), attention(F), mlp(B), dispatch(F), dispatch(B), mlp(W), mlp(F),
-    attention(B), attention(W), combine(F).
-
-    Args:
-        forward: the phases whose forward runs, first to last.
-        backward: the phases whose backward runs, given first to last and run last to first.
-    """
-    forward_runs = _runs(forward, range(len(forward)))
-    backward_runs = _runs(backward, range(len(backward) - 1, -1, -1))
-    order: list[Launch] = []
-    owed: list[Launch] = []
-    while forward_runs or backward_runs:
-        alone = bool(forward_runs and backward_runs) and forward_runs[0][0] == backward_runs[0][0]
-        if backward_runs:
-            stream, indices = backward_runs.popleft()
-            order += [Launch("B", index) for index in indices]
-            if stream == "compute":
-                owed += [Launch("W", index) for index in indices]
-            if stream == "comm" or all(kind == "compute" for kind, _ in backward_runs):
-                order += owed
-                owed = []
-        if forward_runs and not alone:
-            _, indices = forward_runs.popleft()
-            order += [Launch("F", index) for index in indices]
-    return order
-
-
-def _runs(phases: Sequence[Phase], indices: range) -> deque[tuple[str, list[int]]]:
-    runs: deque[tuple[str, list[int]]] = deque()
-    for index in indices:
-        if not runs or runs[-1][0] != phases[index].stream:
-            runs.append((phases[index].stream, []))
-        runs[-1][1].append(index)
-    return runs
-
-
 class _Chain:
     """Launches that depend on each other: the forward, or the backward, of one chunk."""
 
@@ -124,6 +74,9 @@ class Launcher:
     Args:
         device: of the stages.
         on_launch: called with ``name(F)``, ``name(B)`` or ``name(W)`` before every launch.
+
+    Attributes:
+        orders: of the pairs that run here.
     """
 
     def __init__(
@@ -135,6 +88,21 @@ class Launcher:
         self._comm = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._memory = StreamMemory()
         self._num_events = 0
+        self.orders = PairOrders()
+        self._timed: tuple[Launch, Sample] | None = None
+
+    def can_time(self) -> bool:
+        """Whether launches go to two streams whose events tell the time."""
+        return self._comm is not None and not torch.cuda.is_current_stream_capturing()
+
+    @contextmanager
+    def timing(self, launch: Launch, sample: Sample | None) -> Iterator[None]:
+        """Note in ``sample``, if there is one, when the launch in the body begins and ends."""
+        self._timed = None if sample is None else (launch, sample)
+        try:
+            yield
+        finally:
+            self._timed = None
 
     def start(self) -> _Chain:
         """A chain that begins with what the current stream has produced so far."""
@@ -155,9 +123,18 @@ class Launcher:
             return
         stream = self._stream(phase)
         self._follow(chain, stream, tensors)
+        begin = self._mark(stream)
         with torch.cuda.stream(stream):
             yield
+        if self._timed is not None:
+            launch, sample = self._timed
+            sample.add(launch, begin, self._mark(stream))
         self._record(chain, stream)
+
+    def _mark(self, stream: Any) -> Any:
+        if self._timed is None:
+            return None
+        return stream.record_event(torch.cuda.Event(enable_timing=True))
 
     def on_stream_of(self, phase: Phase) -> AbstractContextManager[Any]:
         """Make the phase's stream current; nothing may be computed inside."""
@@ -222,7 +199,7 @@ class ChunkGraph:
         stubs: bool = False,
     ) -> None:
         self.phases = tuple(phases)
-        self._launcher = launcher
+        self.launcher = launcher
         self._store = store
         self._key = key
         self._stubs = stubs
@@ -252,7 +229,7 @@ class ChunkGraph:
         """Run the forward of phase ``index``; phases run in order."""
         assert index == len(self._exits)
         phase = self.phases[index]
-        with self._launcher.launch(phase, "F", self._chain, self._state):
+        with self.launcher.launch(phase, "F", self._chain, self._state):
             result = phase.fn(*self._state)
         if not isinstance(result, tuple):
             raise ValueError(
@@ -276,7 +253,7 @@ class ChunkGraph:
                 continue
             slot = GradSlot()
             exits.append((gradient_root(value, as_tensor=self._stubs and last), slot))
-            with self._launcher.on_stream_of(user):
+            with self.launcher.on_stream_of(user):
                 cut[id(value)] = (value.detach() if last else receive(value, slot), slot)
         self._exits.append(exits)
         self._state = tuple(cut[id(value)][0] for value in result)
@@ -292,7 +269,7 @@ class ChunkGraph:
         """The stage's outputs, detached, and which of them will want a gradient; once."""
         assert len(self._exits) == len(self.phases)
         outputs, self._state = self._state, ()
-        self._launcher.finish(self._chain, outputs)
+        self.launcher.finish(self._chain, outputs)
         return outputs, tuple(slot is not None for slot in self._output_slots)
 
     def start_backward(self, grads: Sequence[Tensor | None]) -> None:
@@ -301,7 +278,7 @@ class ChunkGraph:
         for slot, grad in zip(self._output_slots, grads, strict=False):
             if slot is not None and grad is not None:
                 slot.add(grad)
-        self._chain = self._launcher.start()
+        self._chain = self.launcher.start()
 
     def take_roots(self) -> tuple[list[GradientEdge | Tensor], list[Tensor]]:
         """The roots of the next phase's backward (last to first) and their gradients; once."""
@@ -326,15 +303,28 @@ class ChunkGraph:
             if defer and phase.stream == "compute"
             else nullcontext()
         )
-        with self._launcher.launch(phase, "B", self._chain, grads), deferring:
+        with self.launcher.launch(phase, "B", self._chain, grads), deferring:
             if roots:
                 torch.autograd.backward(roots, grads)
 
-    def run_weights(self, index: int) -> None:
-        """Compute the deferred weight gradients of phase ``index``."""
+    @property
+    def weights_in_parts(self) -> bool:
+        """Whether deferred weight gradients can run one by one."""
+        return self._store.in_parts
+
+    def parts(self, index: int) -> list[int]:
+        """Numbers of the deferred weight gradients of phase ``index`` that have not run."""
+        return self._store.parts((self._key, index))
+
+    def run_weights(self, index: int, part: int | None = None) -> None:
+        """Compute the deferred weight gradients of phase ``index``: all that are left, or one."""
+        left = self.parts(index)
+        nothing = not left if part is None else part not in left
+        if nothing and self.weights_in_parts:
+            return
         # The compute stream ran the backward that deferred them: its own order is enough.
-        with self._launcher.launch(self.phases[index], "W", self._launcher.start(), ()):
-            self._store.run((self._key, index))
+        with self.launcher.launch(self.phases[index], "W", self.launcher.start(), ()):
+            self._store.run((self._key, index), part)
 
     def backward(self, *, defer: bool) -> None:
         """Run the backward of all phases."""
@@ -350,7 +340,7 @@ class ChunkGraph:
     def take_input_grads(self) -> list[Tensor | None]:
         """The gradients of the stage's inputs, None where there is none; once."""
         grads = [None if slot is None else slot.take() for slot in self._entries]
-        self._launcher.finish(self._chain, grads)
+        self.launcher.finish(self._chain, grads)
         return grads
 
 
@@ -358,12 +348,23 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
     """Run the forward of one chunk and the whole backward of another, interleaved.
 
     ``backward.start_backward`` has been called. Every launch does what it would do alone, so the
-    results are those of the forward and then the backward, bit for bit.
+    results are those of the forward and then the backward, bit for bit, whatever the order.
     """
-    for op, index in interleave(forward.phases, backward.phases):
-        if op == "F":
-            forward.run_forward(index)
-        elif op == "B":
-            backward.run_backward(index, defer=True)
-        else:
-            backward.run_weights(index)
+    launcher = forward.launcher
+    order, sample = launcher.orders.begin(
+        forward.phases, backward.phases, may_time=launcher.can_time() and backward.weights_in_parts
+    )
+    for launch in order:
+        if launch.op == "W" and sample is not None:
+            for part in backward.parts(launch.index):
+                with launcher.timing(Launch("W", launch.index, part), sample):
+                    backward.run_weights(launch.index, part)
+        with launcher.timing(launch, None if launch.op == "W" else sample):
+            if launch.op == "F":
+                forward.run_forward(launch.index)
+            elif launch.op == "B":
+                backward.run_backward(launch.index, defer=True)
+            else:
+                backward.run_weights(launch.index, launch.part)
+    if backward.weights_in_parts:
+        backward.weights()  # what there is more than at the time of measuring

@@ -36,10 +36,16 @@ _deferred: list[Callable[[], None]] | None = None
 
 
 class WeightGradStore:
-    """Deferred weight gradients, kept under the key of the backward that deferred them."""
+    """Deferred weight gradients, kept under the key of the backward that deferred them.
+
+    Attributes:
+        in_parts: whether the gradients of a key can run one by one, in any order.
+    """
+
+    in_parts = True
 
     def __init__(self) -> None:
-        self._closures: dict[Hashable, list[Callable[[], None]]] = {}
+        self._closures: dict[Hashable, list[Callable[[], None] | None]] = {}
 
     def __len__(self) -> int:
         """Number of keys whose weight gradients have not run."""
@@ -55,16 +61,32 @@ class WeightGradStore:
             yield
         finally:
             _deferred = None
+            if not self._closures[key]:
+                del self._closures[key]
 
-    def run(self, key: Hashable) -> None:
+    def parts(self, key: Hashable) -> list[int]:
+        """Numbers, in the order of deferring, of the gradients under ``key`` that have not run."""
+        closures = self._closures.get(key, ())
+        return [part for part, closure in enumerate(closures) if closure is not None]
+
+    def run(self, key: Hashable, part: int | None = None) -> None:
         """Compute the weight gradients deferred under ``key``, in the order they were deferred.
+
+        Args:
+            key: of the backward that deferred them.
+            part: one of :meth:`parts`, to run that one alone.
 
         Each is accumulated into its parameter's ``.grad`` by autograd itself, and the parameter's
         hooks run as they do in a backward. (Hooks that run after accumulation also ran in the
         backward that deferred, with nothing new: autograd visits every parameter it passes.)
         """
-        for closure in self._closures.pop(key, ()):
+        left = self.parts(key)
+        closures = self._closures.pop(key, [])
+        for number in left if part is None else (part,):
+            closure, closures[number] = closures[number], None
             closure()
+        if part is not None and left != [part]:
+            self._closures[key] = closures
 
     def clear(self) -> None:
         """Forget everything deferred."""

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
-from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, interleave, run_pair
+from dualpipe_ext.pipeline.launch_order import PairTimes, fill_gaps, interleave
+from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
+from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore, defer_weight_grads
 
 H = 6
@@ -27,7 +29,7 @@ def _phases(layers=1, before=(), after=()):
 def _names(forward, backward):
     return [
         f"{(forward if op == 'F' else backward)[index].name}({op})"
-        for op, index in interleave(forward, backward)
+        for op, index, _ in interleave(forward, backward)
     ]
 
 
@@ -46,20 +48,20 @@ def test_any_lists_keep_their_order_and_overlap(forward_layers, backward_layers,
     forward = _phases(forward_layers, before=ends)
     backward = _phases(backward_layers, before=ends, after=tail)
     order = interleave(forward, backward)
-    assert [i for op, i in order if op == "F"] == list(range(len(forward)))
-    assert [i for op, i in order if op == "B"] == list(range(len(backward)))[::-1]
-    weights = [i for op, i in order if op == "W"]
+    assert [i for op, i, _ in order if op == "F"] == list(range(len(forward)))
+    assert [i for op, i, _ in order if op == "B"] == list(range(len(backward)))[::-1]
+    weights = [i for op, i, _ in order if op == "W"]
     assert weights == [i for i, p in reversed(list(enumerate(backward))) if p.stream == "compute"]
     for i in weights:
-        assert order.index(("W", i)) > order.index(("B", i))
+        assert order.index(("W", i, None)) > order.index(("B", i, None))
     # Every communication has compute of the other side launched next to it, while both last.
     both = order[: max(i for i, launch in enumerate(order) if launch.op == "F") + 1]
     last_b = max((i for i, launch in enumerate(both) if launch.op == "B"), default=0)
-    for position, (op, index) in enumerate(both[: last_b + 1]):
+    for position, (op, index, _) in enumerate(both[: last_b + 1]):
         phases = forward if op == "F" else backward
         if phases[index].stream == "comm":
             near = both[max(0, position - 3) : position + 4]
-            others = [(o, i) for o, i in near if (o == "F") != (op == "F")]
+            others = [(o, i) for o, i, _ in near if (o == "F") != (op == "F")]
             assert any(
                 (forward if o == "F" else backward)[i].stream == "compute" for o, i in others
             )
@@ -205,6 +207,36 @@ def test_pair_equals_forward_then_backward(forward_layers, backward_layers, chec
     assert torch.equal(results[0][1], results[1][1])
     _assert_same_grads(results[0][2], results[1][2], exact=True)
     assert launches == _names(first.phases(), second.phases())
+
+
+@pytest.mark.parametrize("parts_known", [2, 1, 0])
+def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
+    """Also if there are more of them than the order knows of."""
+    torch.manual_seed(0)
+    plain = defer_weight_grads(Stack(Layer(), Layer()).double())
+    module = copy.deepcopy(plain)
+    x, grad = torch.randn(5, H).double(), torch.randn(5, H).double()
+    parts = [(5.0, 1.0)[:parts_known] if p.stream == "compute" else () for p in plain.phases()]
+    phases = tuple(1.0 if p.stream == "compute" else 8.0 for p in plain.phases())
+    times = PairTimes(phases, phases, tuple(parts))
+    order = fill_gaps(plain.phases(), plain.phases(), times)
+    monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
+    launches, store = [], WeightGradStore()
+    for m in (plain, module):
+        forward, backward = (_graph(m, x, store=store, key=key) for key in "fb")
+        backward.forward()
+        backward.take_outputs()
+        backward.start_backward([grad])
+        backward.launcher._on_launch = forward.launcher._on_launch = launches.append
+        if m is plain:
+            backward.backward(defer=False)
+            launches.clear()
+        else:
+            run_pair(forward, backward)
+    assert len(store) == 0
+    _assert_same_grads(_grads(module), _grads(plain), exact=True)
+    # attention has one weight that waits, mlp two.
+    assert sum(name == "mlp(W)" for name in launches) == (4 if parts_known else 2)
 
 
 def test_input_only_backward_then_weights():

@@ -1,0 +1,118 @@
+"""Launch orders of a pipeline's pairs, which learn from how long the first pairs took.
+
+What belongs here: :class:`Sample`, the marks of one timed pair, and :class:`PairOrders`, which
+hands out the plain order until enough pairs have been timed, and then the one that
+``launch_order.py`` finds for the times. Nobody waits for a measurement: it is used once the device
+is through with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dualpipe_ext.pipeline.launch_order import Launch, PairTimes, fill_gaps, interleave
+
+if TYPE_CHECKING:
+    from dualpipe_ext.pipeline.overlap import Phase
+
+# The first pairs load kernels and fill the allocator.
+WARM_UP = 2
+NUM_SAMPLES = 3
+
+
+class Sample:
+    """When the launches of one pair began and ended, by events on their streams."""
+
+    def __init__(self) -> None:
+        self._marks: dict[Launch, tuple[Any, Any]] = {}
+
+    def add(self, launch: Launch, begin: Any, end: Any) -> None:
+        """Note a launch by its events, which can tell the time between them."""
+        self._marks[launch] = begin, end
+
+    def launches(self) -> set[Launch]:
+        return set(self._marks)
+
+    def done(self) -> bool:
+        """Whether the device is through with all of them."""
+        return all(end.query() for _, end in self._marks.values())
+
+    def seconds(self) -> dict[Launch, float]:
+        """Of every launch; once :meth:`done`."""
+        return {
+            launch: 1e-3 * begin.elapsed_time(end) for launch, (begin, end) in self._marks.items()
+        }
+
+
+class PairOrders:
+    """Launch orders by kind of pair: the names and streams of the phases of both sides."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[Any, ...], _Kind] = {}
+
+    def forget(self) -> None:
+        """Measure again: what pairs run on has changed."""
+        self._kinds.clear()
+
+    def begin(
+        self, forward: Sequence[Phase], backward: Sequence[Phase], *, may_time: bool
+    ) -> tuple[Sequence[Launch], Sample | None]:
+        """The order of the next pair of these phases, and what to note its times in, if anything.
+
+        Args:
+            forward: as in :func:`interleave`.
+            backward: as in :func:`interleave`.
+            may_time: whether this pair could be timed. Orders come from times only.
+        """
+        key = tuple(tuple((p.name, p.stream) for p in side) for side in (forward, backward))
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(forward, backward)
+        return kind.begin(may_time)
+
+
+class _Kind:
+    def __init__(self, forward: Sequence[Phase], backward: Sequence[Phase]) -> None:
+        # Without what they compute: it may hold on to a micro-batch.
+        self._forward, self._backward = (
+            tuple(replace(phase, fn=tuple) for phase in side) for side in (forward, backward)
+        )
+        self._order = interleave(forward, backward)
+        self._settled = False
+        self._seen = 0
+        self._samples: list[Sample] = []
+
+    def begin(self, may_time: bool) -> tuple[Sequence[Launch], Sample | None]:
+        if self._settled or not may_time:
+            return self._order, None
+        self._seen += 1
+        if self._seen <= WARM_UP:
+            return self._order, None
+        if len(self._samples) < NUM_SAMPLES:
+            self._samples.append(Sample())
+            return self._order, self._samples[-1]
+        if all(sample.done() for sample in self._samples):
+            self._settle()
+        return self._order, None
+
+    def _settle(self) -> None:
+        same = {frozenset(sample.launches()) for sample in self._samples}
+        samples, self._samples = self._samples, []
+        if len(same) == 1:  # else they had not the same gradients to compute: once more
+            self._order = fill_gaps(self._forward, self._backward, self._times(samples))
+            self._settled = True
+
+    def _times(self, samples: Sequence[Sample]) -> PairTimes:
+        seconds = [sample.seconds() for sample in samples]
+        middle = {launch: median(s[launch] for s in seconds) for launch in seconds[0]}
+        weights: list[list[Launch]] = [[] for _ in self._backward]
+        for launch in sorted(launch for launch in middle if launch.op == "W"):
+            weights[launch.index].append(launch)
+        return PairTimes(
+            forward=tuple(middle[Launch("F", index)] for index in range(len(self._forward))),
+            backward=tuple(middle[Launch("B", index)] for index in range(len(self._backward))),
+            weights=tuple(tuple(middle[launch] for launch in parts) for parts in weights),
+        )

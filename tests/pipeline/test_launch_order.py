@@ -1,0 +1,96 @@
+"""Weight gradients go where the compute stream would wait, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualpipe_ext.pipeline.launch_order import (
+    Launch,
+    PairTimes,
+    fill_gaps,
+    interleave,
+    predicted_span,
+)
+from dualpipe_ext.pipeline.overlap import Phase
+
+LAYER = (("attention", "compute"), ("dispatch", "comm"), ("mlp", "compute"), ("combine", "comm"))
+
+
+def phases(layers, head=False):
+    rows = [*LAYER * layers, *((("head", "compute"),) if head else ())]
+    return [Phase(name, stream, tuple) for name, stream in rows]
+
+
+def times_of(side, *, compute, comm, weights):
+    per_phase = [comm if phase.stream == "comm" else compute[phase.name] for phase in side]
+    parts = [() if phase.stream == "comm" else weights[phase.name] for phase in side]
+    return PairTimes(tuple(per_phase), tuple(per_phase), tuple(parts))
+
+
+def test_span_of_two_streams_by_hand():
+    side = phases(1)
+    times = times_of(
+        side,
+        compute={"attention": 2.0, "mlp": 3.0},
+        comm=4.0,
+        weights={"attention": (2.0,), "mlp": (3.0,)},
+    )
+    # compute:  attention(F) 0-2 | mlp(B) 4-7, mlp(W) 7-10, mlp(F) 10-13 (dispatch(F) ended at 8)
+    #           attention(B) 13-15 (dispatch(B) ended at 12), attention(W) 15-17
+    # comm:     combine(B) 0-4, dispatch(F) 4-8, dispatch(B) 8-12, combine(F) 13-17
+    assert predicted_span(interleave(side, side), side, side, times) == 17.0
+
+
+@pytest.mark.parametrize(("layers", "speed_up"), [(1, 1.77), (2, 1.87), (4, 1.93)])
+def test_equal_streams_come_close_to_half_of_serial(layers, speed_up):
+    side = phases(layers)
+    # A layer of DeepSeek-V3 by its products: attention, experts, and the pieces of their gradients.
+    times = times_of(
+        side,
+        compute={"attention": 1.9, "mlp": 3.3},
+        comm=3.9,  # 4 of them are as long as all that is computed
+        weights={"attention": (0.5, 1.4), "mlp": (0.9, 1.9, 0.2, 0.3)},
+    )
+    compute = sum(times.forward[::2]) + sum(times.backward[::2]) + sum(map(sum, times.weights))
+    comm = 8 * layers * 3.9 / 2
+    assert comm == pytest.approx(compute, rel=0.01)
+    before = predicted_span(interleave(side, side), side, side, times)
+    after = predicted_span(fill_gaps(side, side, times), side, side, times)
+    assert after < before
+    assert (compute + comm) / after > speed_up
+
+
+seconds = st.floats(0.01, 10)
+
+
+@st.composite
+def cases(draw):
+    sides = [phases(draw(st.integers(0, 3)), draw(st.booleans())) for _ in range(2)]
+    forward, backward = ([draw(seconds) for _ in side] for side in sides)
+    weights = [
+        tuple(draw(st.lists(seconds, max_size=3))) if phase.stream == "compute" else ()
+        for phase in sides[1]
+    ]
+    return *sides, PairTimes(tuple(forward), tuple(backward), tuple(weights))
+
+
+@given(cases())
+def test_only_weights_move_and_none_is_lost(case):
+    forward, backward, times = case
+    order, turns = fill_gaps(forward, backward, times), interleave(forward, backward)
+    assert [x for x in order if x.op != "W"] == [x for x in turns if x.op != "W"]
+    for index, parts in enumerate(times.weights):
+        mine = [launch for launch in order if launch.op == "W" and launch.index == index]
+        assert all(order.index(w) > order.index(Launch("B", index)) for w in mine)
+        if mine != [Launch("W", index)]:
+            assert sorted(launch.part for launch in mine) == list(range(len(parts)))
+
+
+@given(cases())
+def test_never_later_than_the_plain_order(case):
+    forward, backward, times = case
+    order = fill_gaps(forward, backward, times)
+    plain = predicted_span(interleave(forward, backward), forward, backward, times)
+    assert predicted_span(order, forward, backward, times) <= plain + 1e-9
