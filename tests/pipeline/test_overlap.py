@@ -217,7 +217,7 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     module = copy.deepcopy(plain)
     x, grad = torch.randn(5, H).double(), torch.randn(5, H).double()
     parts = [(5.0, 1.0)[:parts_known] if p.stream == "compute" else () for p in plain.phases()]
-    phases = tuple(1.0 if p.stream == "compute" else 8.0 for p in plain.phases())
+    phases = tuple(1.0 if p.stream == "compute" else 4.0 for p in plain.phases())
     times = PairTimes(phases, phases, tuple(parts))
     order = fill_gaps(plain.phases(), plain.phases(), times)
     monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
