@@ -181,9 +181,8 @@ def _fill(
         if launch.op == "W":
             continue
         computes = streams.stream_of(launch) == "compute"
-        while computes and owed:
-            room = streams.gap_before(launch)
-            fitting = [w for w in owed if (1 - overhang) * times.of(w) < room]
+        while computes and owed and (room := streams.gap_before(launch)) > 0:
+            fitting = [w for w in owed if (1 - overhang) * times.of(w) <= room]
             if not fitting:
                 break
             longest = max(fitting, key=times.of)
