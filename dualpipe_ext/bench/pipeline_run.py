@@ -88,6 +88,8 @@ class _Pairs:
                 say(self._ranks, variant.label, "throttled" if throttled else "as it is")
                 if throttled and not self._ranks.together(bench.throttle):
                     return
+                if not throttled:
+                    self._ranks.together(bench.settle)
                 self._ranks.together(bench.check)
                 row = self._row(variant)
                 self._measure(bench, row, notes)
