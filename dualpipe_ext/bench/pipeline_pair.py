@@ -200,7 +200,7 @@ class PairBench:
             WrongResultError: an output, or a gradient, differs.
         """
         self._stage.zero_grad()
-        with _deterministic():
+        with deterministic():
             results = []
             for form, sign in ((self._serial, 1), (self._pair, -1)):
                 form.stop()
@@ -256,7 +256,7 @@ class PairBench:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Attention without atomic additions: its backward has them unless this is asked strictly.
 
     Raises:

@@ -77,6 +77,9 @@ class MoELayer(nn.Module):
         # int32 [E, X] how much of its tokens each replica gets (``ReplicaSplit.shares``); None: all
         # the same. Read when a token is routed: set it together with the maps, between two steps.
         self.replica_split: Tensor | None = None
+        # Rows that come here at most, for steps without a wait of the host (CUDA graphs): more of
+        # them are dropped and reported by the buffer. None: as many as come, for which it waits.
+        self.max_recv_tokens: int | None = None
         # Tokens per logical expert since the last reset, for balancing; read by the trainer.
         self.register_buffer(
             "counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
@@ -118,7 +121,13 @@ class MoELayer(nn.Module):
     def _dispatch(
         self, x: Tensor, normed: Tensor, slot_idx: Tensor, topk_weights: Tensor
     ) -> tuple[Any, ...]:
-        recv, handle = self.buffer.dispatch(normed, slot_idx, topk_weights, layout="expert")
+        recv, handle = self.buffer.dispatch(
+            normed,
+            slot_idx,
+            topk_weights,
+            layout="expert",
+            max_recv_tokens=self.max_recv_tokens,
+        )
         return x, normed, recv.tokens, recv.weights, recv.offsets, handle
 
     def _experts(

@@ -1,0 +1,70 @@
+"""Overlapped against serial on two GPUs, bit for bit: every transport at every memory level."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
+from dualpipe_ext.bench.ranks import Ranks, start
+from dualpipe_ext.bench.stage import middle_stage
+from dualpipe_ext.ep import Buffer
+from tests.gpu.test_bench_pipeline import WIDE
+
+TRANSPORTS = ("nvlink", "copy_engine", "collective")
+
+
+def sums(stage: torch.nn.Module) -> list[float]:
+    return [parameter.grad.double().sum().item() for parameter in stage.parameters()]
+
+
+def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
+    """For each transport and level the gradients of two runs, as a sum for each parameter."""
+    found = {}
+    for transport in TRANSPORTS:
+        for level in range(4):
+            options = replace(WIDE, model=WIDE.model.with_overrides(memory_level=level))
+            model = options.model
+            buffer = Buffer(
+                hidden=model.hidden,
+                num_experts=model.num_experts,
+                top_k=model.top_k,
+                max_tokens=options.tokens,
+                dtype=options.dtype,
+                transport=transport,
+                num_slabs=0,
+            )
+            stage = middle_stage(
+                model,
+                range(model.num_layers),
+                buffer=buffer,
+                dtype=options.dtype,
+                device=ranks.device,
+            )
+            bench = PairBench(ranks, options, stage, buffer)
+            bench.settle()
+            bench.check()
+            runs = []
+            for _ in range(2):
+                stage.zero_grad()
+                bench._pair.stop()
+                with deterministic():
+                    bench._pair.start()
+                    bench._pair()
+                runs.append(sums(stage))
+            found[f"{transport} {level}"] = runs
+            buffer.check()
+    return found
+
+
+def test_pairs_have_the_bits_of_serial_runs_and_of_each_other() -> None:
+    found = start(every_pair, 2, virtual=False, device_type="cuda")
+    assert len(found) == len(TRANSPORTS) * 4
+    for name, (first, second) in found.items():
+        assert first == second, name
+        assert any(first), name
+    # Tokens arrive with the same bits however they travel.
+    for level in range(4):
+        a, b, c = (found[f"{transport} {level}"][0] for transport in TRANSPORTS)
+        assert a == b == c
