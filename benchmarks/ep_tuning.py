@@ -90,14 +90,14 @@ def measure_all(sms: list[int], cases: list[str], changes: list[dict[str, int]])
             for change in changes:
                 for name, plan in plans.items():
                     setattr(tuning, name, changed(plan, change))
-                # They are kept by shape: without this the change would not be seen.
-                buffer._transport.forget_tunings()
+                # Plans are kept: without this the change would not be seen.
+                buffer._transport.forget_plans()
                 line = measured(call)
                 if dist.get_rank() == 0:
                     print(f"{num_sms:4} {case:15} {line}  {change or ''}", flush=True)
             for name, plan in plans.items():
                 setattr(tuning, name, plan)
-            buffer._transport.forget_tunings()
+            buffer._transport.forget_plans()
         buffer.check()
         del call, buffer
 

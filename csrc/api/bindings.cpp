@@ -9,6 +9,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
+#include "api/dlpack_bindings.h"
 #include "api/ep_bindings.h"
 #include "api/error_channel.h"
 #include "api/planner.h"
@@ -193,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
   dualpipe::bind_devices(m);
   dualpipe::bind_workspace(m);
   dualpipe::bind_comm(m);
+  dualpipe::bind_dlpack(m);
   dualpipe::bind_ep(m);
   dualpipe::bind_eplb(m);
 }

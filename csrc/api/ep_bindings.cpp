@@ -12,6 +12,7 @@
 
 #include "api/check.h"
 #include "api/error_channel.h"
+#include "api/handle_arrays.h"
 #include "api/route_reports.h"
 #include "ep/combine.h"
 #include "ep/copy_engine.h"
@@ -62,8 +63,7 @@ Comm make_comm(const PeerTable& peers, const WorkspaceLayout& layout, const Erro
 }
 
 template <class Args, class Call>
-Args with_calls(const Comm& comm, const std::vector<Call>& calls, uint32_t ctas) {
-  Args args{};
+Args with_calls(const Comm& comm, const std::vector<Call>& calls, uint32_t ctas, Args args = {}) {
   args.launch = comm.launch(calls.size(), ctas);
   for (size_t i = 0; i < calls.size(); ++i) {
     if (calls[i].rank >= comm.peers.num_ranks || calls.size() > comm.channel->num_local()) {
@@ -90,88 +90,27 @@ RowType row_type_from(const std::string& name) {
   throw std::invalid_argument("expected rows of bfloat16, float16, float32, float64, got " + name);
 }
 
-RouteCall route_call(uint32_t rank, uint32_t num_tokens, bool expert_layout, uint32_t alignment,
-                     int32_t max_rows, bool zero_copy, uint32_t delay_ns, Address topk_idx,
-                     Address slots, Address ids, Address matrix, Address run_starts,
-                     Address topk_local, Address positions, Address counts, Address offsets,
-                     uint64_t num_rows, const RouteReports& reports, uint32_t report) {
-  return {rank,
-          num_tokens,
-          expert_layout,
-          alignment,
-          max_rows,
-          zero_copy,
-          delay_ns,
-          pointer<int64_t>(topk_idx),
-          pointer<int32_t>(slots),
-          pointer<int16_t>(ids),
-          pointer<int32_t>(matrix),
-          pointer<int32_t>(run_starts),
-          pointer<int64_t>(topk_local),
-          pointer<int32_t>(positions),
-          pointer<int64_t>(counts),
-          pointer<int32_t>(offsets),
-          num_rows,
-          &reports.at(report)};
+enum class DispatchPart { kAll, kPack, kOwn, kUnpack };
+
+DispatchPart dispatch_part_from(const std::string& name) {
+  if (name == "all") return DispatchPart::kAll;
+  if (name == "pack") return DispatchPart::kPack;
+  if (name == "own") return DispatchPart::kOwn;
+  if (name == "unpack") return DispatchPart::kUnpack;
+  throw std::invalid_argument("expected a part of all, pack, own, unpack, got " + name);
 }
 
-DispatchCall dispatch_call(uint32_t rank, uint32_t num_tokens, uint32_t slab, bool keep_in_slab,
-                           bool expert_layout, uint32_t send_delay_ns, uint32_t receive_delay_ns,
-                           Address x, Address x_scales, Address weights, Address slots, Address ids,
-                           Address matrix, Address run_starts, Address topk_local,
-                           Address positions, Address counts, Address offsets, Address out_rows,
-                           Address out_scales, Address out_weights, uint64_t num_rows,
-                           uint64_t out_pitch, uint64_t out_scale_pitch) {
-  return {rank,
-          num_tokens,
-          slab,
-          keep_in_slab,
-          expert_layout,
-          send_delay_ns,
-          receive_delay_ns,
-          pointer<uint8_t>(x),
-          pointer<float>(x_scales),
-          pointer<uint8_t>(weights),
-          pointer<int32_t>(slots),
-          pointer<int16_t>(ids),
-          pointer<int32_t>(matrix),
-          pointer<int32_t>(run_starts),
-          pointer<int64_t>(topk_local),
-          pointer<int32_t>(positions),
-          pointer<int64_t>(counts),
-          pointer<int32_t>(offsets),
-          pointer<uint8_t>(out_rows),
-          pointer<float>(out_scales),
-          pointer<uint8_t>(out_weights),
-          num_rows,
-          out_pitch,
-          out_scale_pitch};
-}
+enum class CombinePart { kAll, kPack, kReduce };
 
-CombineCall combine_call(uint32_t rank, uint32_t num_tokens, uint32_t send_delay_ns,
-                         uint32_t receive_delay_ns, Address rows, uint64_t num_rows,
-                         Address weights, Address bias, Address row_weights, Address slots,
-                         Address ids, Address matrix, Address positions, Address y,
-                         Address token_weights) {
-  return {rank,
-          num_tokens,
-          send_delay_ns,
-          receive_delay_ns,
-          pointer<uint8_t>(rows),
-          num_rows,
-          pointer<void>(weights),
-          pointer<uint8_t>(bias),
-          pointer<uint8_t>(row_weights),
-          pointer<int32_t>(slots),
-          pointer<int16_t>(ids),
-          pointer<int32_t>(matrix),
-          pointer<int32_t>(positions),
-          pointer<uint8_t>(y),
-          pointer<uint8_t>(token_weights)};
+CombinePart combine_part_from(const std::string& name) {
+  if (name == "all") return CombinePart::kAll;
+  if (name == "pack") return CombinePart::kPack;
+  if (name == "reduce") return CombinePart::kReduce;
+  throw std::invalid_argument("expected a part of all, pack, reduce, got " + name);
 }
 
 // A ring of fewer than two stages would never load anything. Warps that have no ring take none.
-Tuning checked(const Tuning& tuning, bool sending_rings, bool receiving_rings) {
+void check_stages(const Tuning& tuning, bool sending_rings, bool receiving_rings) {
   const auto check = [](uint32_t warps, uint32_t stages, const char* role) {
     if (warps != 0 && stages < 2) {
       throw std::invalid_argument(std::string("expected two stages or more for warps that ") +
@@ -181,7 +120,6 @@ Tuning checked(const Tuning& tuning, bool sending_rings, bool receiving_rings) {
   if (sending_rings) check(tuning.send_warps, tuning.send_stages, "send");
   if (sending_rings) check(tuning.own_warps, tuning.own_stages, "keep rows");
   if (receiving_rings) check(tuning.receive_warps, tuning.receive_stages, "receive");
-  return tuning;
 }
 
 void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas, Address stream) {
@@ -189,49 +127,79 @@ void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas,
   check_cuda(launch_route(args, as_stream(stream)), "route");
 }
 
-void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const std::string& part,
-              const std::string& payload, uint32_t in_bytes, uint32_t out_bytes,
-              uint32_t num_scales, uint32_t weight_bytes, const Tuning& tuning,
-              uint32_t staging_slab, uint32_t ctas, Address stream) {
-  auto args = with_calls<DispatchArgs>(comm, calls, ctas);
-  args.payload = payload_from(payload);
-  args.in_bytes = in_bytes;
-  args.out_bytes = out_bytes;
-  args.num_scales = num_scales;
-  args.weight_bytes = weight_bytes;
+// What the launches of one kind of call have in common, on all ranks: made once, used by every
+// call.
+struct DispatchPlan {
+  DispatchPart part;
+  uint32_t staging_slab;
+  uint32_t ctas;
+  DispatchArgs args;  // without the calls
+};
+
+DispatchPlan dispatch_plan(const std::string& part, const std::string& payload, uint32_t in_bytes,
+                           uint32_t out_bytes, uint32_t num_scales, uint32_t weight_bytes,
+                           const Tuning& tuning, uint32_t staging_slab, uint32_t ctas) {
+  DispatchPlan plan{dispatch_part_from(part), staging_slab, ctas, {}};
+  plan.args.payload = payload_from(payload);
+  plan.args.in_bytes = in_bytes;
+  plan.args.out_bytes = out_bytes;
+  plan.args.num_scales = num_scales;
+  plan.args.weight_bytes = weight_bytes;
+  plan.args.tuning = tuning;
+  return plan;
+}
+
+void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const DispatchPlan& plan,
+              Address stream) {
+  auto args = with_calls(comm, calls, plan.ctas, plan.args);
   bool receives = false;
   for (const DispatchCall& call : calls) receives = receives || call.keep_in_slab == 0;
-  args.tuning = checked(tuning, true, receives);
+  check_stages(plan.args.tuning, true, receives);
   const cudaStream_t on = as_stream(stream);
-  if (part == "pack") {
-    check_cuda(launch_dispatch_pack(args, staging_slab, on), "dispatch (pack)");
-  } else if (part == "own") {
-    check_cuda(launch_dispatch_own(args, on), "dispatch (own rows)");
-  } else if (part == "unpack") {
-    check_cuda(launch_dispatch_unpack(args, on), "dispatch (unpack)");
-  } else {
-    check_cuda(launch_dispatch(args, on), "dispatch");
+  switch (plan.part) {
+    case DispatchPart::kPack:
+      return check_cuda(launch_dispatch_pack(args, plan.staging_slab, on), "dispatch (pack)");
+    case DispatchPart::kOwn:
+      return check_cuda(launch_dispatch_own(args, on), "dispatch (own rows)");
+    case DispatchPart::kUnpack:
+      return check_cuda(launch_dispatch_unpack(args, on), "dispatch (unpack)");
+    case DispatchPart::kAll:
+      return check_cuda(launch_dispatch(args, on), "dispatch");
   }
 }
 
-void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std::string& part,
-             const std::string& row_type, bool expert_layout, bool weighted, uint32_t row_bytes,
-             uint32_t weight_bytes, const Tuning& tuning, uint32_t staging_slab, uint32_t ctas,
+struct CombinePlan {
+  CombinePart part;
+  uint32_t staging_slab;
+  uint32_t ctas;
+  CombineArgs args;  // without the calls
+};
+
+CombinePlan combine_plan(const std::string& part, const std::string& row_type, bool expert_layout,
+                         bool weighted, uint32_t row_bytes, uint32_t weight_bytes,
+                         const Tuning& tuning, uint32_t staging_slab, uint32_t ctas) {
+  CombinePlan plan{combine_part_from(part), staging_slab, ctas, {}};
+  plan.args.type = row_type_from(row_type);
+  plan.args.expert_layout = expert_layout;
+  plan.args.weighted = weighted;
+  plan.args.row_bytes = row_bytes;
+  plan.args.weight_bytes = weight_bytes;
+  plan.args.tuning = tuning;
+  check_stages(tuning, !expert_layout, false);
+  return plan;
+}
+
+void combine(const Comm& comm, const std::vector<CombineCall>& calls, const CombinePlan& plan,
              Address stream) {
-  auto args = with_calls<CombineArgs>(comm, calls, ctas);
-  args.type = row_type_from(row_type);
-  args.expert_layout = expert_layout;
-  args.weighted = weighted;
-  args.row_bytes = row_bytes;
-  args.weight_bytes = weight_bytes;
-  args.tuning = checked(tuning, !expert_layout, false);
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
   const cudaStream_t on = as_stream(stream);
-  if (part == "pack") {
-    check_cuda(launch_combine_pack(args, staging_slab, on), "combine (pack)");
-  } else if (part == "reduce") {
-    check_cuda(launch_combine_reduce(args, on), "combine (reduce)");
-  } else {
-    check_cuda(launch_combine(args, on), "combine");
+  switch (plan.part) {
+    case CombinePart::kPack:
+      return check_cuda(launch_combine_pack(args, plan.staging_slab, on), "combine (pack)");
+    case CombinePart::kReduce:
+      return check_cuda(launch_combine_reduce(args, on), "combine (reduce)");
+    case CombinePart::kAll:
+      return check_cuda(launch_combine(args, on), "combine");
   }
 }
 
@@ -290,6 +258,7 @@ void bind_reports(py::module_& m) {
       .def("expect", &RouteReports::expect, py::arg("index"))
       .def("wait", &RouteReports::wait, py::arg("index"), py::arg("channel"), py::arg("record"),
            py::arg("timeout_ns"), py::call_guard<py::gil_scoped_release>())
+      .def("any_fault", &RouteReports::any_fault)
       .def("take_fault", &take_fault, py::arg("index"))
       .def(
           "num_rows", [](const RouteReports& r, uint32_t index) { return r.at(index).num_rows; },
@@ -305,6 +274,41 @@ void bind_reports(py::module_& m) {
             return rows;
           },
           py::arg("index"), py::arg("num_ranks"));
+}
+
+// Arguments of a call come by position: one by one by name would take as long as the launch.
+void bind_calls(py::module_& m) {
+  py::class_<RouteCall>(m, "RouteCall");
+  py::class_<DispatchCall>(m, "DispatchCall");
+  py::class_<CombineCall>(m, "CombineCall");
+  py::class_<HandleArrays>(m, "HandleArrays")
+      .def(py::init<const WorkspaceLayout&, uint32_t, uint32_t, bool, Address, Address, Address,
+                    Address>(),
+           py::arg("layout"), py::arg("rank"), py::arg("num_tokens"), py::arg("expert_layout"),
+           py::arg("arrays"), py::arg("topk_local"), py::arg("counts"), py::arg("offsets"))
+      .def_static("bytes", &HandleArrays::bytes, py::arg("layout"), py::arg("num_tokens"),
+                  py::arg("expert_layout"))
+      .def("route_call", &HandleArrays::route_call, py::arg("alignment"), py::arg("max_rows"),
+           py::arg("zero_copy"), py::arg("delay_ns"), py::arg("topk_idx"), py::arg("num_rows"),
+           py::arg("reports"), py::arg("report"))
+      .def("dispatch_call", &HandleArrays::dispatch_call, py::arg("slab"), py::arg("keep_in_slab"),
+           py::arg("send_delay_ns"), py::arg("receive_delay_ns"), py::arg("x"), py::arg("x_scales"),
+           py::arg("weights"), py::arg("out_rows"), py::arg("out_scales"), py::arg("out_weights"),
+           py::arg("num_rows"), py::arg("out_pitch"), py::arg("out_scale_pitch"))
+      .def("combine_call", &HandleArrays::combine_call, py::arg("send_delay_ns"),
+           py::arg("receive_delay_ns"), py::arg("rows"), py::arg("num_rows"), py::arg("weights"),
+           py::arg("bias"), py::arg("row_weights"), py::arg("y"), py::arg("token_weights"));
+}
+
+void bind_plans(py::module_& m) {
+  py::class_<DispatchPlan>(m, "DispatchPlan")
+      .def(py::init(&dispatch_plan), py::kw_only(), py::arg("part"), py::arg("payload"),
+           py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"),
+           py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"));
+  py::class_<CombinePlan>(m, "CombinePlan")
+      .def(py::init(&combine_plan), py::kw_only(), py::arg("part"), py::arg("row_type"),
+           py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
+           py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"));
 }
 
 }  // namespace
@@ -328,40 +332,15 @@ void bind_ep(py::module_& m) {
            py::arg("own_warps"), py::arg("own_stages"), py::arg("receive_warps"),
            py::arg("receive_stages"), py::arg("send_piece"), py::arg("receive_piece"),
            py::arg("mixed"));
-  py::class_<RouteCall>(m, "RouteCall")
-      .def(py::init(&route_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
-           py::arg("expert_layout"), py::arg("alignment"), py::arg("max_rows"),
-           py::arg("zero_copy"), py::arg("delay_ns"), py::arg("topk_idx"), py::arg("slots"),
-           py::arg("ids"), py::arg("matrix"), py::arg("run_starts"), py::arg("topk_local"),
-           py::arg("positions"), py::arg("counts"), py::arg("offsets"), py::arg("num_rows"),
-           py::arg("reports"), py::arg("report"));
-  py::class_<DispatchCall>(m, "DispatchCall")
-      .def(py::init(&dispatch_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
-           py::arg("slab"), py::arg("keep_in_slab"), py::arg("expert_layout"),
-           py::arg("send_delay_ns"), py::arg("receive_delay_ns"), py::arg("x"), py::arg("x_scales"),
-           py::arg("weights"), py::arg("slots"), py::arg("ids"), py::arg("matrix"),
-           py::arg("run_starts"), py::arg("topk_local"), py::arg("positions"), py::arg("counts"),
-           py::arg("offsets"), py::arg("out_rows"), py::arg("out_scales"), py::arg("out_weights"),
-           py::arg("num_rows"), py::arg("out_pitch"), py::arg("out_scale_pitch"));
-  py::class_<CombineCall>(m, "CombineCall")
-      .def(py::init(&combine_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
-           py::arg("send_delay_ns"), py::arg("receive_delay_ns"), py::arg("rows"),
-           py::arg("num_rows"), py::arg("weights"), py::arg("bias"), py::arg("row_weights"),
-           py::arg("slots"), py::arg("ids"), py::arg("matrix"), py::arg("positions"), py::arg("y"),
-           py::arg("token_weights"));
+  bind_calls(m);
+  bind_plans(m);
   py::class_<ArrivalsCall>(m, "ArrivalsCall")
       .def(py::init([](uint32_t rank) { return ArrivalsCall{rank}; }), py::kw_only(),
            py::arg("rank"));
-  m.def("route", &route, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("ctas"),
+  m.def("route", &route, py::arg("comm"), py::arg("calls"), py::arg("ctas"), py::arg("stream"));
+  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::arg("plan"),
         py::arg("stream"));
-  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
-        py::arg("payload"), py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"),
-        py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
-        py::arg("stream"));
-  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
-        py::arg("row_type"), py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
-        py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
-        py::arg("stream"));
+  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::arg("plan"), py::arg("stream"));
   m.def("arrivals", &arrivals, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("combine"),
         py::arg("stream"));
   m.def("copy", &copy, py::kw_only(), py::arg("to"), py::arg("to_pitch"), py::arg("source"),

@@ -33,6 +33,13 @@ RouteReport& RouteReports::at(uint32_t index) const {
   return reports_[index];
 }
 
+bool RouteReports::any_fault() const {
+  for (uint32_t i = 0; i < count_; ++i) {
+    if (__atomic_load_n(&reports_[i].fault, __ATOMIC_ACQUIRE) != 0) return true;
+  }
+  return false;
+}
+
 void RouteReports::expect(uint32_t index) const {
   __atomic_store_n(&at(index).ready, 0u, __ATOMIC_RELEASE);
 }

@@ -16,6 +16,8 @@ class RouteReports {
   RouteReports& operator=(const RouteReports&) = delete;
 
   RouteReport& at(uint32_t index) const;
+  // Whether some report tells a fault. Does not wait for the GPU.
+  bool any_fault() const;
   // Before a route whose report the host will wait for.
   void expect(uint32_t index) const;
   // Until the report is there. False if `record` of the channel tells a failure first, or if it

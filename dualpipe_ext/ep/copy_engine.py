@@ -72,16 +72,14 @@ class CopyEngineTransport(PeerTransport):
             calls = [call for call, _, _ in items]
 
             def launch(part: str, shape: tuning.Tuning) -> None:
-                self.core.dispatch(
-                    self.comm,
-                    calls,
+                plan = self.core.DispatchPlan(
                     part=part,
                     **sizes,
                     tuning=shape.as_core(self.core),
                     staging_slab=_STAGING,
                     ctas=self.num_sms,
-                    stream=current_stream(),
                 )
+                self.core.dispatch(self.comm, calls, plan, current_stream())
 
             launch("pack", tuning.for_pack(source, self.num_sms, self.config))
             self._copy(items)
@@ -91,7 +89,7 @@ class CopyEngineTransport(PeerTransport):
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
         copies = self._copies(source, handle)
-        self.together((call, self._arrivals_call(), copies), act, (handle.layout, sizes))
+        self.together((call, self._arrivals_call(), copies), act, lambda: (handle.layout, sizes))
         return output.as_rows()
 
     def combine(
@@ -113,17 +111,15 @@ class CopyEngineTransport(PeerTransport):
             calls = [call for call, *_ in items]
 
             def launch(part: str, shape: tuning.Tuning, ctas: int) -> None:
-                self.core.combine(
-                    self.comm,
-                    calls,
+                plan = self.core.CombinePlan(
                     part=part,
                     **sizes,
                     weighted=any(weighted for *_, weighted in items),
                     tuning=shape.as_core(self.core),
                     staging_slab=_STAGING,
                     ctas=ctas,
-                    stream=current_stream(),
                 )
+                self.core.combine(self.comm, calls, plan, current_stream())
 
             if direct:
                 launch("pack", tuning.PERMITS_ONLY, 1)
@@ -140,7 +136,7 @@ class CopyEngineTransport(PeerTransport):
         call = kernel_calls.combine_call(self, source, handle, output)
         copies = self._return_copies(source, handle, direct)
         item = (call, self._arrivals_call(), copies, weights is not None)
-        self.together(item, act, (direct, sizes))
+        self.together(item, act, lambda: (direct, sizes))
         return output.y, output.token_weights
 
     # --- copies --------------------------------------------------------------------------------

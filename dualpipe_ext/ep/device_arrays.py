@@ -6,13 +6,22 @@ import torch
 from torch import Tensor
 
 
+def current_device() -> int:
+    """The index of the current device.
+
+    Not ``torch.cuda.current_device()``, which first sees to it that CUDA is there: whoever has
+    tensors on a device knows.
+    """
+    return torch._C._cuda_getDevice()
+
+
 def current_stream() -> int:
     """The address of the current stream.
 
     Not ``torch.cuda.current_stream().cuda_stream``: making the object takes several microseconds,
     a tenth of a call.
     """
-    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
 def address(tensor: Tensor | None) -> int:

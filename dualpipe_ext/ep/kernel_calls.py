@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dualpipe_ext.ep.peer import PeerTransport
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DispatchInput:
     """What a dispatch reads, in a form that kernels can."""
 
@@ -67,7 +67,7 @@ def dispatch_input(
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DispatchOutput:
     """Where a dispatch writes."""
 
@@ -79,6 +79,10 @@ class DispatchOutput:
     """Where rows of other ranks arrive."""
     in_slab: bool
     """They stay there."""
+    pitch: int
+    """Bytes from one row to the next."""
+    scale_pitch: int
+    """Numbers from one row's scales to the next."""
 
     def as_rows(self) -> Rows:
         return Rows(self.rows, self.scales, self.weights)
@@ -88,54 +92,44 @@ def dispatch_output(
     transport: PeerTransport, source: DispatchInput, handle: PeerHandle
 ) -> DispatchOutput:
     """Allocate the output; rows stay in the communication buffer if asked and if a slab is free."""
-    num_rows, hidden = handle.num_rows, source.rows.shape[1]
+    num_rows, hidden = handle.num_rows, transport.config.hidden
+    rows, dtype, num_scales = source.rows, source.out_dtype, source.num_scales
     weights = None
     if source.weights is not None:
         shape = (num_rows,) if handle.layout == "expert" else (num_rows, source.weights.shape[1])
         weights = source.weights.new_empty(shape)
     keep = handle.zero_copy and transport.capabilities.zero_copy
-    taken = transport.take_slab(num_rows, source.out_dtype) if keep else None
+    taken = transport.take_slab(num_rows, dtype, num_scales) if keep else None
     if taken is not None:
-        rows = taken.rows(source.out_dtype, hidden)
-        scales = taken.scales(source.num_scales) if source.num_scales else None
-        return DispatchOutput(rows, scales, weights, taken.index, in_slab=True)
-    rows = source.rows.new_empty((num_rows, hidden), dtype=source.out_dtype)
+        pitch = taken.rows.stride(0) * dtype.itemsize
+        scale_pitch = taken.scales.stride(0) if num_scales else 0
+        where = {"slab": taken.index, "in_slab": True, "pitch": pitch, "scale_pitch": scale_pitch}
+        return DispatchOutput(taken.rows, taken.scales, weights, **where)
+    out = rows.new_empty((num_rows, hidden), dtype=dtype)
     scales = None
-    if source.num_scales:
-        scales = rows.new_empty((num_rows, source.num_scales), dtype=torch.float32)
-    return DispatchOutput(rows, scales, weights, 0, in_slab=False)
+    if num_scales:
+        scales = rows.new_empty((num_rows, num_scales), dtype=torch.float32)
+    where = {"slab": 0, "in_slab": False, "pitch": hidden * dtype.itemsize}
+    return DispatchOutput(out, scales, weights, **where, scale_pitch=num_scales)
 
 
 def dispatch_call(
     transport: PeerTransport, source: DispatchInput, handle: PeerHandle, output: DispatchOutput
 ) -> Any:
     """``DispatchCall`` of csrc/ep/dispatch.h."""
-    send_delay, receive_delay = transport.delays_ns
-    return transport.core.DispatchCall(
-        rank=transport.config.rank,
-        num_tokens=handle.num_tokens,
-        slab=output.slab,
-        keep_in_slab=output.in_slab,
-        expert_layout=handle.layout == "expert",
-        send_delay_ns=send_delay,
-        receive_delay_ns=receive_delay,
-        x=address(source.rows),
-        x_scales=address(source.scales),
-        weights=address(source.weights),
-        slots=address(handle.slots),
-        ids=address(handle.ids),
-        matrix=address(handle.matrix),
-        run_starts=address(handle.run_starts),
-        topk_local=address(handle.topk_idx),
-        positions=address(handle.positions),
-        counts=address(handle.counts),
-        offsets=address(handle.offsets),
-        out_rows=address(output.rows),
-        out_scales=address(output.scales),
-        out_weights=address(output.weights),
-        num_rows=handle.num_rows,
-        out_pitch=output.rows.stride(0) * output.rows.element_size(),
-        out_scale_pitch=0 if output.scales is None else output.scales.stride(0),
+    return handle.arrays.dispatch_call(
+        output.slab,
+        output.in_slab,
+        *transport.delays_ns,
+        source.rows.data_ptr(),
+        address(source.scales),
+        address(source.weights),
+        output.rows.data_ptr(),
+        address(output.scales),
+        address(output.weights),
+        handle.num_rows,
+        output.pitch,
+        output.scale_pitch,
     )
 
 
@@ -150,7 +144,7 @@ def dispatch_sizes(source: DispatchInput) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineInput:
     """What a combine reads, in a form that kernels can."""
 
@@ -182,7 +176,7 @@ def combine_input(
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineOutput:
     """Where a combine writes."""
 
@@ -212,23 +206,15 @@ def combine_call(
     output: CombineOutput,
 ) -> Any:
     """``CombineCall`` of csrc/ep/combine.h."""
-    send_delay, receive_delay = transport.delays_ns
-    return transport.core.CombineCall(
-        rank=transport.config.rank,
-        num_tokens=handle.num_tokens,
-        send_delay_ns=send_delay,
-        receive_delay_ns=receive_delay,
-        rows=address(source.rows),
-        num_rows=source.rows.shape[0],
-        weights=address(source.weights),
-        bias=address(source.bias),
-        row_weights=address(source.row_weights),
-        slots=address(handle.slots),
-        ids=address(handle.ids),
-        matrix=address(handle.matrix),
-        positions=address(handle.positions),
-        y=address(output.y),
-        token_weights=address(output.token_weights),
+    return handle.arrays.combine_call(
+        *transport.delays_ns,
+        source.rows.data_ptr(),
+        source.rows.shape[0],
+        address(source.weights),
+        address(source.bias),
+        address(source.row_weights),
+        output.y.data_ptr(),
+        address(output.token_weights),
     )
 
 

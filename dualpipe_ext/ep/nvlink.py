@@ -31,7 +31,7 @@ class NVLinkTransport(PeerTransport):
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
-        self._tunings: dict[tuple[object, ...], Any] = {}
+        self._plans: dict[tuple[object, ...], Any] = {}
 
     def dispatch(
         self,
@@ -45,24 +45,18 @@ class NVLinkTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.dispatch_input(x, topk_weights, fp8, pow2_scales)
         output = kernel_calls.dispatch_output(self, source, handle)
-        sizes = kernel_calls.dispatch_sizes(source)
 
-        def act(items: list[tuple[object, bool]]) -> None:
-            calls = [call for call, _ in items]
-            in_slab = all(stays for _, stays in items)
-            self.core.dispatch(
-                self.comm,
-                calls,
-                part="all",
-                **sizes,
-                tuning=self._dispatch_tuning(source, handle, in_slab),
-                staging_slab=0,
-                ctas=self.num_sms,
-                stream=current_stream(),
-            )
+        def act(items: list[tuple[Any, bool]]) -> None:
+            calls, stay = zip(*items, strict=True)
+            plan = self._dispatch_plan(source, handle, all(stay))
+            self.core.dispatch(self.comm, calls, plan, current_stream())
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
-        self.together((call, output.in_slab), act, (handle.layout, sizes))
+        self.together(
+            (call, output.in_slab),
+            act,
+            lambda: (handle.layout, kernel_calls.dispatch_sizes(source)),
+        )
         return output.as_rows()
 
     def combine(
@@ -77,41 +71,55 @@ class NVLinkTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.combine_input(rows, weights, bias, row_weights)
         output = kernel_calls.combine_output(self, source, handle)
-        sizes = kernel_calls.combine_sizes(source, handle)
 
-        def act(items: list[tuple[object, bool]]) -> None:
-            self.core.combine(
-                self.comm,
-                [call for call, _ in items],
-                part="all",
-                **sizes,
-                weighted=any(weighted for _, weighted in items),
-                tuning=self._combine_tuning(source, handle),
-                staging_slab=0,
-                ctas=self.num_sms,
-                stream=current_stream(),
-            )
+        def act(items: list[tuple[Any, bool]]) -> None:
+            calls, weighted = zip(*items, strict=True)
+            plan = self._combine_plan(source, handle, any(weighted))
+            self.core.combine(self.comm, calls, plan, current_stream())
 
         call = kernel_calls.combine_call(self, source, handle, output)
-        self.together((call, weights is not None), act, sizes)
+        self.together(
+            (call, weights is not None), act, lambda: kernel_calls.combine_sizes(source, handle)
+        )
         return output.y, output.token_weights
 
-    def forget_tunings(self) -> None:
-        """For those who try out others."""
-        self._tunings.clear()
+    # --- what calls of a kind have in common, made once; all rows have the Buffer's hidden --------
 
-    def _dispatch_tuning(
+    def forget_plans(self) -> None:
+        """For those who try out other tunings."""
+        self._plans.clear()
+
+    def _dispatch_plan(
         self, source: kernel_calls.DispatchInput, handle: PeerHandle, in_slab: bool
     ) -> Any:
-        key = (source.payload, source.in_bytes, source.out_bytes, handle.layout, in_slab)
-        if key not in self._tunings:
+        numbers = None if source.weights is None else source.weights.dtype
+        key = (source.payload, source.rows.dtype, numbers, handle.layout, in_slab)
+        plan = self._plans.get(key)
+        if plan is None:
             tuned = tuning.for_dispatch(source, handle, in_slab, self.num_sms, self.config)
-            self._tunings[key] = tuned.as_core(self.core)
-        return self._tunings[key]
+            plan = self._plans[key] = self.core.DispatchPlan(
+                part="all",
+                **kernel_calls.dispatch_sizes(source),
+                tuning=tuned.as_core(self.core),
+                staging_slab=0,
+                ctas=self.num_sms,
+            )
+        return plan
 
-    def _combine_tuning(self, source: kernel_calls.CombineInput, handle: PeerHandle) -> Any:
-        key = (source.row_bytes, handle.layout)
-        if key not in self._tunings:
+    def _combine_plan(
+        self, source: kernel_calls.CombineInput, handle: PeerHandle, weighted: bool
+    ) -> Any:
+        numbers = None if source.row_weights is None else source.row_weights.dtype
+        key = (source.rows.dtype, numbers, handle.layout, weighted)
+        plan = self._plans.get(key)
+        if plan is None:
             tuned = tuning.for_combine(source, handle, self.num_sms, self.config)
-            self._tunings[key] = tuned.as_core(self.core)
-        return self._tunings[key]
+            plan = self._plans[key] = self.core.CombinePlan(
+                part="all",
+                **kernel_calls.combine_sizes(source, handle),
+                weighted=weighted,
+                tuning=tuned.as_core(self.core),
+                staging_slab=0,
+                ctas=self.num_sms,
+            )
+        return plan

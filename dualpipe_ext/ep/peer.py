@@ -9,14 +9,14 @@ N rows in token layout, M rows in expert layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dualpipe_ext import core
 from dualpipe_ext.ep import kernel_calls, memory
-from dualpipe_ext.ep.device_arrays import address, current_stream, rows_on_16_bytes
+from dualpipe_ext.ep.device_arrays import address, current_device, current_stream, rows_on_16_bytes
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized
 from dualpipe_ext.ep.handle import LAYOUTS
 from dualpipe_ext.ep.peer_handle import PeerHandle
@@ -78,19 +78,13 @@ class PeerTransport(Transport):
         self._reports = c.RouteReports(2)
         self._number_bytes = 8 if config.dtype == torch.float64 else 4
         self._regions = self._layout.regions()
-        self._slabs = SlabPool(
-            self._memory.own,
-            self._regions,
-            slab_bytes=self._layout.slab_bytes,
-            scale_pitch=self._layout.scale_pitch,
-            free=FreeSlabs(
-                range(self.transit_slabs, self.transit_slabs + self._kept_slabs),
-                lambda: c.capture_id(current_stream()),
-            ),
-        )
+        kept = range(self.transit_slabs, self.transit_slabs + self._kept_slabs)
+        free = FreeSlabs(kept, lambda: c.capture_id(current_stream()))
+        self._slabs = SlabPool(c, self._memory.own, self._layout, free)
+        self._device = self._memory.own.device
         self.num_sms = config.num_sms or self.default_num_sms
         # CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
-        sms = torch.cuda.get_device_properties(self._memory.own.device).multi_processor_count
+        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         launches_for = config.num_ranks if config.local is not None else 1
         self.num_sms = min(self.num_sms, sms // launches_for)
         self._last_stream: torch.cuda.Stream | None = None
@@ -116,13 +110,16 @@ class PeerTransport(Transport):
 
     def check(self) -> None:
         self.check_failure()
-        for report in (_UNWATCHED, _WATCHED):
-            self._raise_fault(report, None, None)
+        if self._reports.any_fault():
+            for report in (_UNWATCHED, _WATCHED):
+                self._raise_fault(report, None, None)
 
     def check_failure(self) -> None:
         """Raise if a wait has failed. Faults of routes are left for the next route to raise: at the
         same call on every rank."""
-        core.raise_on_failure(self._channel.read(self._record), timeout_s=self.config.timeout_s)
+        record = self._channel.read(self._record)
+        if record is not None:
+            core.raise_on_failure(record, timeout_s=self.config.timeout_s)
 
     def _raise_fault(
         self, report: int, options: RouteOptions | None, topk_idx: Tensor | None
@@ -166,13 +163,18 @@ class PeerTransport(Transport):
 
     # --- launching ---------------------------------------------------------------------------
 
-    def together(self, item: T, act: Callable[[list[T]], None], settings: object = None) -> None:
+    def together(
+        self,
+        item: T,
+        act: Callable[[list[T]], None],
+        settings: Callable[[], object] = lambda: None,
+    ) -> None:
         """Launch for all virtual ranks at once; for a rank of its own, for it alone.
 
         Args:
             item: what the launch needs of this rank.
             act: launches on the current stream, given the items by rank.
-            settings: what one launch has only once, so that virtual ranks must agree on it.
+            settings: tells what one launch has only once, so that virtual ranks must agree on it.
         """
         self._order_streams()
         local = self.config.local
@@ -197,7 +199,7 @@ class PeerTransport(Transport):
                 for other in others:
                     other.wait_stream(first)
 
-        local.together((item, torch.cuda.current_stream(), settings), act_for_all)
+        local.together((item, torch.cuda.current_stream(), settings()), act_for_all)
 
     def _order_streams(self) -> None:
         """Order the current stream after everything that this transport has put on another one.
@@ -216,12 +218,12 @@ class PeerTransport(Transport):
 
     def check_device(self, name: str, tensor: Tensor) -> None:
         """Kernels read tensors where they are: on this rank's GPU."""
-        device = self._memory.own.device
+        device = self._device
         if tensor.device != device:
             raise ValueError(f"expected {name} on {device}, got {tensor.device}")
-        if torch.cuda.current_device() != device.index:
+        if current_device() != device.index:
             raise ValueError(
-                f"expected {device} as the current device, got cuda:{torch.cuda.current_device()}"
+                f"expected {device} as the current device, got cuda:{current_device()}"
             )
 
     def check_row_bytes(self, dtype: torch.dtype) -> None:
@@ -270,20 +272,19 @@ class PeerTransport(Transport):
     def route(self, topk_idx: Tensor, options: RouteOptions) -> PeerHandle:
         self.check()
         self.check_device("topk_idx", topk_idx)
-        self._check_alignment(options)
+        if options.layout == "expert":
+            self._check_alignment(options)
         topk_idx = rows_on_16_bytes(topk_idx)
-        watched = options.max_recv_tokens is None
-        arrays = self._route_arrays(topk_idx.shape[0], options)
-        report = _WATCHED if watched else _UNWATCHED
-        self._launch_route(topk_idx, options, arrays, report)
-        expert = options.layout == "expert"
         num_rows, sent = options.max_recv_tokens, None
-        if watched:
+        found = self._handle_arrays(topk_idx, options)
+        self._launch_route(topk_idx, options, found)
+        if num_rows is None:
             self._wait_for_report()
             self._raise_fault(_WATCHED, options, topk_idx)
             num_rows = self._reports.num_rows(_WATCHED)
             sent = self._reports.matrix(_WATCHED, self.config.num_ranks)
-        topk_local = arrays.pop("topk_local")
+            if options.layout == "token":
+                found["topk_idx"] = found["topk_idx"][:num_rows]
         return PeerHandle(
             owner=self,
             layout=options.layout,
@@ -291,9 +292,8 @@ class PeerTransport(Transport):
             zero_copy=options.zero_copy,
             num_tokens=topk_idx.shape[0],
             num_rows=num_rows,
-            topk_idx=None if expert else topk_local[:num_rows],
             sent=sent,
-            **arrays,
+            **found,
         )
 
     def _check_alignment(self, options: RouteOptions) -> None:
@@ -301,70 +301,70 @@ class PeerTransport(Transport):
         config = self.config
         most = config.num_ranks * config.max_tokens * config.top_k
         most += config.num_local_experts * (options.alignment - 1)
-        if options.layout == "expert" and most > 2**31 - 1:
+        if most > 2**31 - 1:
             raise ValueError(
                 f"expected an alignment that gives at most 2^31 - 1 rows, got {options.alignment}, "
                 f"which can give {most}"
             )
 
-    def _route_arrays(self, num_tokens: int, options: RouteOptions) -> dict[str, Tensor | None]:
-        """Uninitialised memory for what the route kernel finds out."""
-        config, layout = self.config, self._layout
-        ranks, top_k = config.num_ranks, config.top_k
-        most_rows = ranks * config.max_tokens
-        if options.max_recv_tokens is not None:
-            most_rows = options.max_recv_tokens
+    def _handle_arrays(self, topk_idx: Tensor, options: RouteOptions) -> dict[str, Any]:
+        """Fields of a handle: uninitialised memory for what the route kernel finds out.
+
+        What users see is in tensors of its own, all that only kernels read is in one.
+        """
+        config, layout, num_tokens = self.config, self._layout, topk_idx.shape[0]
         expert = options.layout == "expert"
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self._memory.own.device)
-
-        local = config.num_local_experts
-        places = -(-top_k // 4) * 4
+        kind = self.core.HandleArrays
+        memory = topk_idx.new_empty(kind.bytes(layout, num_tokens, expert) // 8)
+        counts = topk_idx.new_empty(config.num_local_experts)
+        topk_local = offsets = None
+        if expert:
+            offsets = topk_idx.new_empty(config.num_local_experts, dtype=torch.int32)
+        else:
+            most_rows = options.max_recv_tokens
+            if most_rows is None:
+                most_rows = config.num_ranks * config.max_tokens
+            topk_local = topk_idx.new_empty((most_rows, config.top_k))
+        arrays = kind(
+            layout,
+            config.rank,
+            num_tokens,
+            expert,
+            memory.data_ptr(),
+            address(topk_local),
+            counts.data_ptr(),
+            address(offsets),
+        )
         return {
-            "slots": empty(num_tokens, ranks),
-            "ids": empty(num_tokens, layout.id_pitch, dtype=torch.int16),
-            "matrix": empty(ranks + 1, ranks),
-            "run_starts": empty(ranks, layout.max_runs + 1),
-            "counts": empty(local, dtype=torch.int64),
-            "offsets": empty(local) if expert else None,
-            "positions": empty(ranks * config.max_tokens, places) if expert else None,
-            "topk_local": None if expert else empty(most_rows, top_k, dtype=torch.int64),
+            "arrays": arrays,
+            "memory": memory,
+            "counts": counts,
+            "topk_idx": topk_local,
+            "offsets": offsets,
         }
 
-    def _launch_route(
-        self,
-        topk_idx: Tensor,
-        options: RouteOptions,
-        arrays: dict[str, Tensor | None],
-        report: int,
-    ) -> None:
-        topk_local = arrays["topk_local"]
-        # How many rows the expert layout will have is not known yet; none is left out.
-        room = 2**31 - 1 if topk_local is None else topk_local.shape[0]
-        bound = options.max_recv_tokens
-        if report == _WATCHED:
+    def _launch_route(self, topk_idx: Tensor, options: RouteOptions, found: dict[str, Any]) -> None:
+        bound = room = options.max_recv_tokens
+        report = _UNWATCHED
+        if bound is None:
+            report, bound = _WATCHED, -1
             self._reports.expect(_WATCHED)
-        call = self.core.RouteCall(
-            rank=self.config.rank,
-            num_tokens=topk_idx.shape[0],
-            expert_layout=options.layout == "expert",
-            alignment=options.alignment,
-            max_rows=-1 if bound is None else bound,
-            zero_copy=options.zero_copy,
-            delay_ns=self.delays_ns[0],
-            topk_idx=topk_idx.data_ptr(),
-            num_rows=room if bound is None else bound,
-            reports=self._reports,
-            report=report,
-            **{name: address(array) for name, array in arrays.items()},
+            # How many rows the expert layout will have is not known yet; none is left out.
+            room = 2**31 - 1 if found["topk_idx"] is None else found["topk_idx"].shape[0]
+        call = found["arrays"].route_call(
+            options.alignment,
+            bound,
+            options.zero_copy,
+            self.delays_ns[0],
+            topk_idx.data_ptr(),
+            room,
+            self._reports,
+            report,
         )
-        self.together(
-            call,
-            lambda calls: self.core.route(
-                self.comm, calls, ctas=self.num_sms, stream=current_stream()
-            ),
-        )
+        self.together(call, self._route_together)
+
+    def _route_together(self, calls: list[Any]) -> None:
+        self.core.route(self.comm, calls, self.num_sms, current_stream())
 
     def _wait_for_report(self) -> None:
         # The kernel gives up by itself; the margin is for a GPU that was busy before.
@@ -379,12 +379,11 @@ class PeerTransport(Transport):
 
     # --- rows that stay in the communication buffer --------------------------------------------
 
-    def take_slab(self, num_rows: int, dtype: torch.dtype) -> SlabRows | None:
+    def take_slab(self, num_rows: int, dtype: torch.dtype, num_scales: int) -> SlabRows | None:
         """Rows of a free slab, if there is one; it is free again when they are gone."""
         if num_rows > self.config.num_ranks * self.config.max_tokens:
             return None
-        row_bytes = self.config.hidden * dtype.itemsize
-        return self._slabs.take(num_rows, row_bytes, with_scales=dtype == torch.float8_e4m3fn)
+        return self._slabs.take(num_rows, self.config.hidden, dtype, num_scales)
 
 
 def _captures(stream: torch.cuda.Stream) -> bool:

@@ -1,11 +1,12 @@
 """What a dispatch over peer memory leaves behind.
 
-Shapes: T tokens of this rank, R ranks, K top-k.
+Shapes: R ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -14,17 +15,11 @@ from dualpipe_ext.ep.handle import Handle
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PeerHandle(Handle):
-    """A handle and the arrays that the kernels follow; described in csrc/ep/route.h."""
+    """A handle and the arrays that the kernels follow."""
 
-    slots: Tensor = field(repr=False)
-    """int32 [T, R]"""
-    ids: Tensor = field(repr=False)
-    """int16 [T, K rounded up to 8]"""
-    matrix: Tensor = field(repr=False)
-    """int32 [R + 1, R]"""
-    run_starts: Tensor = field(repr=False)
-    """int32 [R, runs + 1]"""
-    positions: Tensor | None = field(repr=False)
-    """int32 [R * max_tokens, K rounded up to 4]; expert layout only."""
+    arrays: Any = field(repr=False)
+    """``HandleArrays`` of csrc/api/handle_arrays.h: where they are, made once for all calls."""
+    memory: Tensor = field(repr=False)
+    """int64, where those are that only kernels read; cut by csrc/layout/handle_arrays.h."""
     sent: list[list[int]] | None = field(repr=False)
     """[R, R], tokens that rank s sends to rank d, where the host knows them."""

@@ -1,13 +1,13 @@
 """Slabs of the communication buffer that outputs live in: taken, and given back by themselves.
 
-Shapes: N rows of an output.
+Shapes: N rows of an output, H hidden.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,80 +39,92 @@ class FreeSlabs:
 class Lease:
     """A slab that is taken; given back when nothing refers to it any more."""
 
+    __slots__ = ("_back_to", "index")
+
     def __init__(self, index: int, back_to: list[int]) -> None:
         self.index = index
-        weakref.finalize(self, back_to.append, index).atexit = False
+        self._back_to = back_to
+
+    def __del__(self) -> None:
+        # Not weakref.finalize, which takes several microseconds to set up.
+        self._back_to.append(self.index)
+
+
+# Code and bits of a type in DLPack.
+_DLPACK_TYPES = {
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
+    torch.float8_e4m3fn: (10, 8),
+}
 
 
 class SlabPool:
     """The slabs that zero-copy outputs can take, as tensors.
 
     Args:
+        core: the compiled core.
         memory: uint8, the rank's communication memory.
-        regions: name -> (offset of the region in slab 0, bytes).
-        slab_bytes: from one slab to the next.
-        scale_pitch: bytes from one row's scales to the next; 0 if there is no room for any.
+        layout: how it is cut.
         free: those that can be taken.
     """
 
-    def __init__(
-        self,
-        memory: Tensor,
-        regions: dict[str, tuple[int, int]],
-        *,
-        slab_bytes: int,
-        scale_pitch: int,
-        free: FreeSlabs,
-    ) -> None:
+    def __init__(self, core: Any, memory: Tensor, layout: Any, free: FreeSlabs) -> None:
+        self._core = core
         self._memory = memory
-        self._regions = regions
-        self._slab_bytes = slab_bytes
-        self._scale_pitch = scale_pitch
         self._free = free
+        regions = layout.regions()
+        self._first_rows = memory.data_ptr() + regions["rows"][0]
+        self._first_scales = memory.data_ptr() + regions["scales"][0]
+        self._slab_bytes = layout.slab_bytes
+        self._scale_pitch = layout.scale_pitch
+        self._device = tuple(int(number) for number in memory.__dlpack_device__())
 
-    def take(self, num_rows: int, row_bytes: int, *, with_scales: bool) -> SlabRows | None:
-        """Rows of a free slab, if there is one; it is free again when they are gone."""
+    def take(
+        self, num_rows: int, hidden: int, dtype: torch.dtype, num_scales: int
+    ) -> SlabRows | None:
+        """Rows of a free slab, if there is one; it is free again when they are gone.
+
+        Args:
+            num_rows: N.
+            hidden: values of a row.
+            dtype: theirs.
+            num_scales: of a row, 0 for none.
+        """
         lease = self._free.take()
         if lease is None:
             return None
-        start = self._memory.data_ptr() + lease.index * self._slab_bytes
-
-        def tensor(region: str, pitch: int) -> Tensor:
-            address = start + self._regions[region][0]
-            memory = _Region(address, num_rows * pitch, (lease, self._memory))
-            return torch.as_tensor(memory, device=self._memory.device).view(num_rows, pitch)
-
-        rows = tensor("rows", -(-row_bytes // 128) * 128)
-        scales = tensor("scales", self._scale_pitch) if with_scales else None
+        start = lease.index * self._slab_bytes
+        pitch = -(-hidden * dtype.itemsize // 128) * 128 // dtype.itemsize
+        rows = self._tensor(self._first_rows + start, num_rows, hidden, pitch, dtype, lease)
+        scales = None
+        if num_scales:
+            first, pitch = self._first_scales + start, self._scale_pitch // 4
+            scales = self._tensor(first, num_rows, num_scales, pitch, torch.float32, lease)
         return SlabRows(lease.index, rows, scales)
 
+    def _tensor(
+        self, address: int, rows: int, columns: int, pitch: int, dtype: torch.dtype, lease: Lease
+    ) -> Tensor:
+        """A tensor with a storage of its own, so that the lease ends with the last that shares it.
 
-@dataclass(frozen=True, slots=True, eq=False)
+        Through DLPack, which takes our word for type, strides and device: of an object with
+        ``__cuda_array_interface__`` torch makes bytes, and asks the driver where they are.
+        """
+        keep = (lease, self._memory)
+        capsule = self._core.rows_capsule(
+            address, rows, columns, pitch, *_DLPACK_TYPES[dtype], *self._device, keep
+        )
+        return torch.from_dlpack(capsule)
+
+
+@dataclass(slots=True, eq=False)
 class SlabRows:
     """Rows that stay in the communication buffer."""
 
     index: int
-    row_bytes: Tensor
-    """uint8 [N, pitch]"""
-    scale_bytes: Tensor | None
-    """uint8 [N, pitch]"""
-
-    def rows(self, dtype: torch.dtype, hidden: int) -> Tensor:
-        return self.row_bytes.view(dtype)[:, :hidden]
-
-    def scales(self, num_scales: int) -> Tensor:
-        assert self.scale_bytes is not None
-        return self.scale_bytes.view(torch.float32)[:, :num_scales]
-
-
-class _Region:
-    """Some bytes of GPU memory, for torch to make a tensor of; alive as long as its storage."""
-
-    def __init__(self, address: int, num_bytes: int, keep: object) -> None:
-        self._keep = keep
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+    rows: Tensor
+    """[N, H]"""
+    scales: Tensor | None
+    """float32 [N, H/128]"""

@@ -1,4 +1,4 @@
-// layout/workspace.h: what is where, and that nothing overlaps.
+// layout/workspace.h and layout/handle_arrays.h: what is where, and that nothing overlaps.
 #include "layout/workspace.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "layout/handle_arrays.h"
 
 using namespace dualpipe;
 
@@ -94,6 +95,30 @@ void runs_and_parts_cover_all_tokens() {
   CHECK(max_runs(4096) >= 1024);
 }
 
+void arrays_of_a_handle_follow_each_other() {
+  for (const uint64_t tokens : {uint64_t{0}, uint64_t{13}, uint64_t{4096}}) {
+    for (const bool expert : {false, true}) {
+      const HandleLayout handle = make_handle_layout(kLayout, tokens, expert);
+      CHECK(handle.slots.count == tokens * 8);
+      CHECK(handle.ids.count == tokens * kLayout.id_pitch);
+      CHECK(handle.matrix.count == 9 * 8);
+      CHECK(handle.run_starts.count == 8 * (kLayout.control.runs + 1));
+      CHECK(handle.positions.count == (expert ? 8 * 4096 * 8 : 0));
+      uint64_t end = 0;
+      for (const Span& region : {span(0, handle.slots), span(0, handle.ids), span(0, handle.matrix),
+                                 span(0, handle.run_starts), span(0, handle.positions)}) {
+        if (region.begin == region.end) continue;
+        CHECK(region.begin % kRegionAlignment == 0);
+        CHECK(region.begin >= end);
+        end = region.end;
+      }
+      CHECK(end <= handle.bytes);
+      CHECK(handle.bytes % kRegionAlignment == 0);
+    }
+  }
+  CHECK(make_handle_layout(kLayout, UINT64_MAX / 2, false).bytes == 0);
+}
+
 void shapes_beyond_63_bits_have_no_layout() {
   const uint64_t huge = uint64_t{1} << 60;
   CHECK(make_workspace_layout({8, 8, 8, huge, 14336, 0, 4, 1}).bytes == 0);
@@ -110,5 +135,6 @@ int main() {
   pitches_are_padded();
   more_than_4_gib_keeps_all_bits();
   runs_and_parts_cover_all_tokens();
+  arrays_of_a_handle_follow_each_other();
   shapes_beyond_63_bits_have_no_layout();
 }
