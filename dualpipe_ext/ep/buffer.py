@@ -196,7 +196,7 @@ class Buffer:
             return _received(handle, outputs, Event()), handle
         own = ops.resolved(handle)
         call = autograd.DispatchCall(self._transport, own, fp8, pow2_scales, scales)
-        with self._comm_stream.run(async_op, (x, scales, topk_weights)):
+        with self._comm_stream.run(async_op, x, scales, topk_weights):
             outputs = autograd.dispatch(x, topk_weights, call)
         event = self._comm_stream.event(async_op, outputs, own)
         return _received(handle, outputs, event), handle
@@ -239,7 +239,7 @@ class Buffer:
         if torch.compiler.is_compiling():
             return ops.combine(rows, weights, bias, handle), Event()
         own = ops.resolved(handle)
-        with self._comm_stream.run(async_op, (rows, weights, bias)):
+        with self._comm_stream.run(async_op, rows, weights, bias):
             y = autograd.combine(rows, weights, bias, transport, own)
         return y, self._comm_stream.event(async_op, (y,), own)
 
@@ -327,6 +327,8 @@ def _check_same_route(
         raise ValueError(
             "expected no topk_idx and no max_recv_tokens with a handle, which has its own"
         )
+    if layout is None and alignment is None and zero_copy is None:
+        return
     asked = (
         handle.layout if layout is None else layout,
         handle.alignment if alignment is None else alignment,
@@ -345,15 +347,24 @@ def _received(
     event: Event,
 ) -> TokenMajor | ExpertMajor:
     tokens, scales, weights, grad_carrier = outputs
-    shared = {
-        "tokens": tokens,
-        "counts": handle.counts,
-        "scales": scales,
-        "event": event,
-        "grad_carrier": grad_carrier,
-    }
     if handle.layout == "expert":
         assert handle.offsets is not None
-        return ExpertMajor(**shared, offsets=handle.offsets, weights=weights)
+        return ExpertMajor(
+            tokens=tokens,
+            counts=handle.counts,
+            scales=scales,
+            event=event,
+            grad_carrier=grad_carrier,
+            offsets=handle.offsets,
+            weights=weights,
+        )
     assert handle.topk_idx is not None
-    return TokenMajor(**shared, topk_idx=handle.topk_idx, topk_weights=weights)
+    return TokenMajor(
+        tokens=tokens,
+        counts=handle.counts,
+        scales=scales,
+        event=event,
+        grad_carrier=grad_carrier,
+        topk_idx=handle.topk_idx,
+        topk_weights=weights,
+    )

@@ -37,23 +37,34 @@ class Event:
         return self._cuda_event is None or self._cuda_event.query()
 
 
+_HERE = contextlib.nullcontext()
+
+
 class CommStream:
     """The stream on which ``async_op`` calls of one buffer run, created at the first of them."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
-    @contextlib.contextmanager
-    def run(self, async_op: bool, inputs: tuple[Tensor | None, ...]) -> Iterator[None]:
+    def run(
+        self, async_op: bool, rows: Tensor, *others: Tensor | None
+    ) -> contextlib.AbstractContextManager[None]:
         """Run the body after the current stream, on the side stream if asked and if there is one.
 
         Gradients need no care: autograd runs a backward on the stream of its forward and orders
         it after the streams that its inputs come from.
+
+        Args:
+            async_op: asked.
+            rows: with ``others``, what the body reads.
+            others: likewise.
         """
-        tensors = [t for t in inputs if t is not None]
-        if not (async_op and tensors and tensors[0].is_cuda):
-            yield
-            return
+        if not (async_op and rows.is_cuda):
+            return _HERE
+        return self._aside([rows, *(t for t in others if t is not None)])
+
+    @contextlib.contextmanager
+    def _aside(self, tensors: list[Tensor]) -> Iterator[None]:
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensors[0].device)
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -19,6 +19,11 @@ ROW_BYTES = 16
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Offsets are int32.
 MAX_ROWS = 2**31 - 1
+# Made once: these checks are a good part of what a call costs the host.
+_FP8 = frozenset({torch.float8_e4m3fn})
+_FLOAT32 = frozenset({torch.float32})
+_INT64 = frozenset({torch.int64})
+_NUMBERS = frozenset({torch.float32, torch.float64})
 
 
 def check_config(config: TransportConfig) -> None:
@@ -55,8 +60,8 @@ def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -
         raise ValueError("expected fp8=True with x given as (values, scales), got fp8=False")
     else:
         num_tokens = _num_rows(x)
-        _expect_tensor("x[0]", x, (num_tokens, config.hidden), {torch.float8_e4m3fn})
-        _expect_tensor("x[1]", scales, (num_tokens, config.hidden // BLOCK), {torch.float32})
+        _expect_tensor("x[0]", x, (num_tokens, config.hidden), _FP8)
+        _expect_tensor("x[1]", scales, (num_tokens, config.hidden // BLOCK), _FLOAT32)
         _expect_device("x[1]", scales, x.device)
     if x.shape[0] > config.max_tokens:
         raise ValueError(
@@ -80,7 +85,7 @@ def check_topk_idx(
     topk_idx: Tensor, num_tokens: int, device: torch.device, config: TransportConfig
 ) -> None:
     """Check shape, dtype and device; the ids themselves are checked by the transport."""
-    _expect_tensor("topk_idx", topk_idx, (num_tokens, config.top_k), {torch.int64})
+    _expect_tensor("topk_idx", topk_idx, (num_tokens, config.top_k), _INT64)
     _expect_device("topk_idx", topk_idx, device)
 
 
@@ -88,8 +93,7 @@ def check_topk_weights(
     topk_weights: Tensor, num_tokens: int, device: torch.device, config: TransportConfig
 ) -> None:
     """float32, or float64 for models that are float64 throughout."""
-    dtypes = {torch.float32, torch.float64}
-    _expect_tensor("topk_weights", topk_weights, (num_tokens, config.top_k), dtypes)
+    _expect_tensor("topk_weights", topk_weights, (num_tokens, config.top_k), _NUMBERS)
     _expect_device("topk_weights", topk_weights, device)
 
 
@@ -124,11 +128,10 @@ def check_combine_extras(
             raise ValueError(
                 "expected weights=None with layout='token' (weight the rows before), got a tensor"
             )
-        dtypes = {torch.float32, torch.float64}
-        _expect_tensor("weights", weights, (handle.num_rows,), dtypes)
+        _expect_tensor("weights", weights, (handle.num_rows,), _NUMBERS)
         _expect_device("weights", weights, rows.device)
     if bias is not None:
-        _expect_tensor("bias", bias, (handle.num_tokens, rows.shape[1]), {rows.dtype})
+        _expect_tensor("bias", bias, (handle.num_tokens, rows.shape[1]), frozenset((rows.dtype,)))
         _expect_device("bias", bias, rows.device)
 
 
@@ -157,13 +160,13 @@ def _expect_int(name: str, value: object, *, least: int, most: int | None = None
 
 
 def _expect_tensor(
-    name: str, tensor: object, shape: tuple[int, ...], dtypes: set[torch.dtype] | frozenset
+    name: str, tensor: object, shape: tuple[int, ...], dtypes: frozenset[torch.dtype]
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"expected {name} to be a dense tensor, got {tensor.layout}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = " or ".join(sorted(str(d) for d in dtypes))
