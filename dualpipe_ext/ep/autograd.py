@@ -32,7 +32,7 @@ class Moves(Protocol):
     combine: Callable[..., tuple[Tensor, Tensor | None]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class DispatchCall:
     """The arguments of a dispatch that are not differentiated."""
 
@@ -95,7 +95,8 @@ class _Dispatch(torch.autograd.Function):
         carrier = None
         if scales is not None:
             ctx.mark_non_differentiable(tokens, scales)
-            carrier = tokens.new_zeros((), dtype=grad_dtype).expand(tokens.shape)
+            # Nobody reads its values: filling it would be a kernel for nothing.
+            carrier = tokens.new_empty((), dtype=grad_dtype).expand(tokens.shape)
         return tokens, scales, weights, carrier
 
     @staticmethod
