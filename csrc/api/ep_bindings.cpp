@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -93,8 +94,9 @@ RowType row_type_from(const std::string& name) {
 RouteCall route_call(uint32_t rank, uint32_t num_tokens, bool expert_layout, uint32_t alignment,
                      int32_t max_rows, bool zero_copy, uint32_t delay_ns, Address topk_idx,
                      Address slots, Address ids, Address matrix, Address run_starts,
-                     Address topk_local, Address positions, Address counts, Address offsets,
-                     uint64_t num_rows, const RouteReports& reports, uint32_t report) {
+                     Address unit_tokens, Address topk_local, Address positions, Address counts,
+                     Address offsets, uint64_t num_rows, const RouteReports& reports,
+                     uint32_t report) {
   return {rank,
           num_tokens,
           expert_layout,
@@ -107,6 +109,7 @@ RouteCall route_call(uint32_t rank, uint32_t num_tokens, bool expert_layout, uin
           pointer<int16_t>(ids),
           pointer<int32_t>(matrix),
           pointer<int32_t>(run_starts),
+          pointer<int32_t>(unit_tokens),
           pointer<int64_t>(topk_local),
           pointer<int32_t>(positions),
           pointer<int64_t>(counts),
@@ -118,10 +121,10 @@ RouteCall route_call(uint32_t rank, uint32_t num_tokens, bool expert_layout, uin
 DispatchCall dispatch_call(uint32_t rank, uint32_t num_tokens, uint32_t slab, bool keep_in_slab,
                            bool expert_layout, uint32_t send_delay_ns, uint32_t receive_delay_ns,
                            Address x, Address x_scales, Address weights, Address slots, Address ids,
-                           Address matrix, Address run_starts, Address topk_local,
-                           Address positions, Address counts, Address offsets, Address out_rows,
-                           Address out_scales, Address out_weights, uint64_t num_rows,
-                           uint64_t out_pitch, uint64_t out_scale_pitch) {
+                           Address matrix, Address run_starts, Address unit_tokens,
+                           Address topk_local, Address positions, Address counts, Address offsets,
+                           Address out_rows, Address out_scales, Address out_weights,
+                           uint64_t num_rows, uint64_t out_pitch, uint64_t out_scale_pitch) {
   return {rank,
           num_tokens,
           slab,
@@ -136,6 +139,7 @@ DispatchCall dispatch_call(uint32_t rank, uint32_t num_tokens, uint32_t slab, bo
           pointer<int16_t>(ids),
           pointer<int32_t>(matrix),
           pointer<int32_t>(run_starts),
+          pointer<int32_t>(unit_tokens),
           pointer<int64_t>(topk_local),
           pointer<int32_t>(positions),
           pointer<int64_t>(counts),
@@ -151,8 +155,8 @@ DispatchCall dispatch_call(uint32_t rank, uint32_t num_tokens, uint32_t slab, bo
 CombineCall combine_call(uint32_t rank, uint32_t num_tokens, uint32_t send_delay_ns,
                          uint32_t receive_delay_ns, Address rows, uint64_t num_rows,
                          Address weights, Address bias, Address row_weights, Address slots,
-                         Address ids, Address matrix, Address positions, Address y,
-                         Address token_weights) {
+                         Address ids, Address matrix, Address unit_tokens, Address positions,
+                         Address y, Address token_weights) {
   return {rank,
           num_tokens,
           send_delay_ns,
@@ -165,6 +169,7 @@ CombineCall combine_call(uint32_t rank, uint32_t num_tokens, uint32_t send_delay
           pointer<int32_t>(slots),
           pointer<int16_t>(ids),
           pointer<int32_t>(matrix),
+          pointer<int32_t>(unit_tokens),
           pointer<int32_t>(positions),
           pointer<uint8_t>(y),
           pointer<uint8_t>(token_weights)};
@@ -189,69 +194,117 @@ void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas,
   check_cuda(launch_route(args, as_stream(stream)), "route");
 }
 
-void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const std::string& part,
-              const std::string& payload, uint32_t in_bytes, uint32_t out_bytes,
-              uint32_t num_scales, uint32_t weight_bytes, const Tuning& tuning,
-              uint32_t staging_slab, uint32_t ctas, Address stream) {
+DispatchArgs dispatch_args(const Comm& comm, const std::vector<DispatchCall>& calls,
+                           const std::string& payload, uint32_t in_bytes, uint32_t out_bytes,
+                           uint32_t num_scales, uint32_t weight_bytes, uint32_t ctas) {
   auto args = with_calls<DispatchArgs>(comm, calls, ctas);
   args.payload = payload_from(payload);
   args.in_bytes = in_bytes;
   args.out_bytes = out_bytes;
   args.num_scales = num_scales;
   args.weight_bytes = weight_bytes;
+  return args;
+}
+
+void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const std::string& payload,
+              uint32_t in_bytes, uint32_t out_bytes, uint32_t num_scales, uint32_t weight_bytes,
+              const Tuning& tuning, uint32_t ctas, Address stream) {
+  auto args =
+      dispatch_args(comm, calls, payload, in_bytes, out_bytes, num_scales, weight_bytes, ctas);
   bool receives = false;
   for (const DispatchCall& call : calls) receives = receives || call.keep_in_slab == 0;
   args.tuning = checked(tuning, true, receives);
-  const cudaStream_t on = as_stream(stream);
-  if (part == "pack") {
-    check_cuda(launch_dispatch_pack(args, staging_slab, on), "dispatch (pack)");
-  } else if (part == "own") {
-    check_cuda(launch_dispatch_own(args, on), "dispatch (own rows)");
-  } else if (part == "unpack") {
-    check_cuda(launch_dispatch_unpack(args, on), "dispatch (unpack)");
-  } else {
-    check_cuda(launch_dispatch(args, on), "dispatch");
-  }
+  check_cuda(launch_dispatch(args, as_stream(stream)), "dispatch");
 }
 
-void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std::string& part,
-             const std::string& row_type, bool expert_layout, bool weighted, uint32_t row_bytes,
-             uint32_t weight_bytes, const Tuning& tuning, uint32_t staging_slab, uint32_t ctas,
-             Address stream) {
+CombineArgs combine_args(const Comm& comm, const std::vector<CombineCall>& calls,
+                         const std::string& row_type, bool expert_layout, bool weighted,
+                         uint32_t row_bytes, uint32_t weight_bytes, uint32_t ctas) {
   auto args = with_calls<CombineArgs>(comm, calls, ctas);
   args.type = row_type_from(row_type);
   args.expert_layout = expert_layout;
   args.weighted = weighted;
   args.row_bytes = row_bytes;
   args.weight_bytes = weight_bytes;
+  return args;
+}
+
+void combine(const Comm& comm, const std::vector<CombineCall>& calls, const std::string& row_type,
+             bool expert_layout, bool weighted, uint32_t row_bytes, uint32_t weight_bytes,
+             const Tuning& tuning, uint32_t ctas, Address stream) {
+  auto args =
+      combine_args(comm, calls, row_type, expert_layout, weighted, row_bytes, weight_bytes, ctas);
   args.tuning = checked(tuning, !expert_layout, false);
-  const cudaStream_t on = as_stream(stream);
-  if (part == "pack") {
-    check_cuda(launch_combine_pack(args, staging_slab, on), "combine (pack)");
-  } else if (part == "reduce") {
-    check_cuda(launch_combine_reduce(args, on), "combine (reduce)");
-  } else {
-    check_cuda(launch_combine(args, on), "combine");
+  check_cuda(launch_combine(args, as_stream(stream)), "combine");
+}
+
+// --- copy engines ---------------------------------------------------------------------------
+
+std::unique_ptr<CopyLanes> copy_lanes(uint32_t num_ranks) {
+  auto lanes = std::make_unique<CopyLanes>();
+  check_cuda(lanes->open(num_ranks), "streams for the copy engines");
+  return lanes;
+}
+
+CopyShape copy_shape(const std::vector<uint32_t>& ends, uint32_t staging_slab, const Tuning& pack,
+                     uint32_t pack_ctas, const Tuning& take, uint32_t take_ctas) {
+  CopyShape shape{
+      {static_cast<uint32_t>(ends.size()), {}}, staging_slab, pack, pack_ctas, take, take_ctas};
+  uint32_t before = 0;
+  for (size_t i = 0; i < ends.size(); ++i) {
+    if (ends[i] <= before || ends[i] > kSegmentUnits) before = kSegmentUnits + 1;
+    if (before > kSegmentUnits) break;
+    shape.parts.ends[i] = before = ends[i];
   }
+  if (before != kSegmentUnits) {
+    throw std::invalid_argument("expected ascending ends of parts, the last " +
+                                std::to_string(kSegmentUnits));
+  }
+  if (pack_ctas == 0 || take_ctas == 0) {
+    throw std::invalid_argument("expected at least one SM for a kernel, got 0");
+  }
+  return shape;
 }
 
-void arrivals(const Comm& comm, const std::vector<ArrivalsCall>& calls, bool combine,
-              Address stream) {
-  auto args = with_calls<ArrivalsArgs>(comm, calls, 1);
-  args.combine = combine;
-  check_cuda(launch_arrivals(args, as_stream(stream)), "arrivals");
+// What only a wrong caller can get wrong, but would write anywhere.
+void check_copies(const Comm& comm, const CopyLanes& lanes, const CopyShape& shape,
+                  const std::vector<CopyCall>& copies, size_t num_calls) {
+  const uint64_t ranks = comm.peers.num_ranks, tokens = comm.layout.shape.max_tokens;
+  const auto fits = [&](const std::vector<uint32_t>& rows) {
+    return rows.size() == ranks &&
+           std::all_of(rows.begin(), rows.end(), [&](uint32_t n) { return n <= tokens; });
+  };
+  bool good = copies.size() == num_calls && lanes.num_lanes() == ranks &&
+              shape.parts.count <= comm.layout.control.runs;
+  for (const CopyCall& call : copies) good = good && fits(call.sends) && fits(call.receives);
+  if (!good)
+    throw std::invalid_argument("expected parts and rows that fit the communication memory");
 }
 
-// `rows` runs of `bytes`, `from_pitch` and `to_pitch` apart.
-void copy(Address to, uint64_t to_pitch, Address from, uint64_t from_pitch, uint64_t bytes,
-          uint64_t rows, Address stream) {
-  if (bytes == 0 || rows == 0) return;
-  const bool whole = bytes == to_pitch && bytes == from_pitch;
-  check_cuda(whole ? cudaMemcpyAsync(pointer<void>(to), pointer<void>(from), bytes * rows,
-                                     cudaMemcpyDeviceToDevice, as_stream(stream))
-                   : cudaMemcpy2DAsync(pointer<void>(to), to_pitch, pointer<void>(from), from_pitch,
-                                       bytes, rows, cudaMemcpyDeviceToDevice, as_stream(stream)),
-             "copy to a peer");
+void carry_dispatch(const Comm& comm, const std::vector<DispatchCall>& calls,
+                    const CopyLanes& lanes, const std::vector<CopyCall>& copies,
+                    const CopyShape& shape, const std::string& payload, uint32_t in_bytes,
+                    uint32_t out_bytes, uint32_t num_scales, uint32_t weight_bytes,
+                    Address stream) {
+  const auto args = dispatch_args(comm, calls, payload, in_bytes, out_bytes, num_scales,
+                                  weight_bytes, shape.pack_ctas);
+  checked(shape.pack, true, false);
+  checked(shape.take, false, true);
+  check_copies(comm, lanes, shape, copies, calls.size());
+  check_cuda(dualpipe::carry_dispatch(lanes, args, copies, shape, as_stream(stream)),
+             "dispatch by copy engines");
+}
+
+void carry_combine(const Comm& comm, const std::vector<CombineCall>& calls, const CopyLanes& lanes,
+                   const std::vector<CopyCall>& copies, const CopyShape& shape, bool direct,
+                   const std::string& row_type, bool expert_layout, bool weighted,
+                   uint32_t row_bytes, uint32_t weight_bytes, Address stream) {
+  const auto args = combine_args(comm, calls, row_type, expert_layout, weighted, row_bytes,
+                                 weight_bytes, shape.pack_ctas);
+  checked(shape.pack, !expert_layout, false);
+  check_copies(comm, lanes, shape, copies, calls.size());
+  check_cuda(dualpipe::carry_combine(lanes, args, copies, shape, direct, as_stream(stream)),
+             "combine by copy engines");
 }
 
 const char* fault_name(uint32_t fault) {
@@ -307,11 +360,30 @@ void bind_reports(py::module_& m) {
           py::arg("index"), py::arg("num_ranks"));
 }
 
+void bind_copies(py::module_& m) {
+  py::class_<CopyLanes>(m, "CopyLanes").def(py::init(&copy_lanes), py::arg("num_ranks"));
+  py::class_<CopyCall>(m, "CopyCall")
+      .def(py::init([](std::vector<uint32_t> sends, std::vector<uint32_t> receives) {
+             return CopyCall{std::move(sends), std::move(receives)};
+           }),
+           py::kw_only(), py::arg("sends"), py::arg("receives"));
+  py::class_<CopyShape>(m, "CopyShape")
+      .def(py::init(&copy_shape), py::kw_only(), py::arg("ends"), py::arg("staging_slab"),
+           py::arg("pack"), py::arg("pack_ctas"), py::arg("take"), py::arg("take_ctas"));
+  m.def("carry_dispatch", &carry_dispatch, py::arg("comm"), py::arg("calls"), py::arg("lanes"),
+        py::arg("copies"), py::arg("shape"), py::kw_only(), py::arg("payload"), py::arg("in_bytes"),
+        py::arg("out_bytes"), py::arg("num_scales"), py::arg("weight_bytes"), py::arg("stream"));
+  m.def("carry_combine", &carry_combine, py::arg("comm"), py::arg("calls"), py::arg("lanes"),
+        py::arg("copies"), py::arg("shape"), py::kw_only(), py::arg("direct"), py::arg("row_type"),
+        py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
+        py::arg("weight_bytes"), py::arg("stream"));
+}
+
 }  // namespace
 
 void bind_ep(py::module_& m) {
   m.attr("MAX_LOCAL_RANKS") = kMaxLocalRanks;
-  m.attr("COPY_EPOCH_OFFSET") = offsetof(ControlState, copy_epoch);
+  m.attr("SEGMENT_UNITS") = kSegmentUnits;
   bind_reports(m);
   py::class_<Comm>(m, "Comm").def(py::init(&make_comm), py::arg("peers"), py::arg("layout"),
                                   py::arg("channel"), py::arg("timeout_ns"),
@@ -332,40 +404,33 @@ void bind_ep(py::module_& m) {
       .def(py::init(&route_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
            py::arg("expert_layout"), py::arg("alignment"), py::arg("max_rows"),
            py::arg("zero_copy"), py::arg("delay_ns"), py::arg("topk_idx"), py::arg("slots"),
-           py::arg("ids"), py::arg("matrix"), py::arg("run_starts"), py::arg("topk_local"),
-           py::arg("positions"), py::arg("counts"), py::arg("offsets"), py::arg("num_rows"),
-           py::arg("reports"), py::arg("report"));
+           py::arg("ids"), py::arg("matrix"), py::arg("run_starts"), py::arg("unit_tokens"),
+           py::arg("topk_local"), py::arg("positions"), py::arg("counts"), py::arg("offsets"),
+           py::arg("num_rows"), py::arg("reports"), py::arg("report"));
   py::class_<DispatchCall>(m, "DispatchCall")
       .def(py::init(&dispatch_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
            py::arg("slab"), py::arg("keep_in_slab"), py::arg("expert_layout"),
            py::arg("send_delay_ns"), py::arg("receive_delay_ns"), py::arg("x"), py::arg("x_scales"),
            py::arg("weights"), py::arg("slots"), py::arg("ids"), py::arg("matrix"),
-           py::arg("run_starts"), py::arg("topk_local"), py::arg("positions"), py::arg("counts"),
-           py::arg("offsets"), py::arg("out_rows"), py::arg("out_scales"), py::arg("out_weights"),
-           py::arg("num_rows"), py::arg("out_pitch"), py::arg("out_scale_pitch"));
+           py::arg("run_starts"), py::arg("unit_tokens"), py::arg("topk_local"),
+           py::arg("positions"), py::arg("counts"), py::arg("offsets"), py::arg("out_rows"),
+           py::arg("out_scales"), py::arg("out_weights"), py::arg("num_rows"), py::arg("out_pitch"),
+           py::arg("out_scale_pitch"));
   py::class_<CombineCall>(m, "CombineCall")
       .def(py::init(&combine_call), py::kw_only(), py::arg("rank"), py::arg("num_tokens"),
            py::arg("send_delay_ns"), py::arg("receive_delay_ns"), py::arg("rows"),
            py::arg("num_rows"), py::arg("weights"), py::arg("bias"), py::arg("row_weights"),
-           py::arg("slots"), py::arg("ids"), py::arg("matrix"), py::arg("positions"), py::arg("y"),
-           py::arg("token_weights"));
-  py::class_<ArrivalsCall>(m, "ArrivalsCall")
-      .def(py::init([](uint32_t rank) { return ArrivalsCall{rank}; }), py::kw_only(),
-           py::arg("rank"));
+           py::arg("slots"), py::arg("ids"), py::arg("matrix"), py::arg("unit_tokens"),
+           py::arg("positions"), py::arg("y"), py::arg("token_weights"));
   m.def("route", &route, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("ctas"),
         py::arg("stream"));
-  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
-        py::arg("payload"), py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"),
-        py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
-        py::arg("stream"));
-  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("part"),
-        py::arg("row_type"), py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
-        py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"),
-        py::arg("stream"));
-  m.def("arrivals", &arrivals, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("combine"),
-        py::arg("stream"));
-  m.def("copy", &copy, py::kw_only(), py::arg("to"), py::arg("to_pitch"), py::arg("source"),
-        py::arg("source_pitch"), py::arg("bytes"), py::arg("rows"), py::arg("stream"));
+  m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("payload"),
+        py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"), py::arg("weight_bytes"),
+        py::arg("tuning"), py::arg("ctas"), py::arg("stream"));
+  m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("row_type"),
+        py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
+        py::arg("weight_bytes"), py::arg("tuning"), py::arg("ctas"), py::arg("stream"));
+  bind_copies(m);
 }
 
 }  // namespace dualpipe

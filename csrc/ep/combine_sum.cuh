@@ -74,12 +74,12 @@ __device__ uint32_t append_expert_rows(const Combine& c, uint64_t row, SumSource
 // Expert layout, sending: a row's expert rows are summed, rounded once, and go to the rank of the
 // token by ordinary stores.
 template <class Row, bool kWeighted, bool kStaging>
-__device__ void send_sums(const Combine& c, const WorkQueue& queue, uint32_t staging_slab,
+__device__ void send_sums(const Combine& c, const WorkQueue& queue, const StagedPart& staged,
                           SumSource<Row>* sources) {
   constexpr uint32_t kUnits = kSentShape.units;
-  const ChunkSender<kStaging> sender(c, staging_slab);
+  const ChunkSender<kStaging> sender(c, staged.staging_slab);
   const uint32_t units = c.args.row_bytes / 16, lane = threadIdx.x % 32;
-  ChunkCursor cursor(c, queue);
+  ChunkCursor cursor(c, queue, kStaging ? staged.part : SegmentPart::whole());
   if (!sender.open()) return;
   for (Chunk at; cursor.advance(&at);) {
     for (uint32_t i = at.first; i < at.last; ++i) {
@@ -115,9 +115,12 @@ class TokenSums {
   __device__ TokenSums(const Combine& c, SumSource<Row>* sources)
       : c_(c), sources_(sources), lane_(threadIdx.x % 32), slab_(c.slab(c.me(), 0)) {}
 
-  // The tokens that the queue hands out.
-  __device__ void run(WorkQueue queue) {
-    for (uint32_t t; (t = queue.take()) < c_.call.num_tokens;) {
+  // The tokens that the queue hands out; of what the copy engines bring, those whose last rows
+  // have come with that part.
+  __device__ void run(WorkQueue queue, const SegmentPart& part) {
+    const uint32_t first = kStaging ? c_.tokens_of_units(part.first) : 0;
+    const uint32_t end = kStaging ? c_.tokens_of_units(part.last) : c_.call.num_tokens;
+    for (uint32_t t; (t = first + queue.take()) < end;) {
       if (!token(t, queue)) return;
     }
   }

@@ -53,10 +53,8 @@ class NVLinkTransport(PeerTransport):
             self.core.dispatch(
                 self.comm,
                 calls,
-                part="all",
                 **sizes,
                 tuning=self._dispatch_tuning(source, handle, in_slab),
-                staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),
             )
@@ -83,11 +81,9 @@ class NVLinkTransport(PeerTransport):
             self.core.combine(
                 self.comm,
                 [call for call, _ in items],
-                part="all",
                 **sizes,
                 weighted=any(weighted for _, weighted in items),
                 tuning=self._combine_tuning(source, handle),
-                staging_slab=0,
                 ctas=self.num_sms,
                 stream=current_stream(),
             )

@@ -45,6 +45,8 @@ class PeerTransport(Transport):
     capabilities = Capabilities(dtypes=ROW_DTYPES, syncs_host=False, zero_copy=True)
     # Slabs beyond those of zero-copy outputs.
     transit_slabs = _TRANSIT_SLABS
+    # Whether rows travel in parts of a segment (csrc/layout/segment.h).
+    moves_parts = False
     # SMs of a kernel if the user names none.
     default_num_sms = 24
 
@@ -326,6 +328,7 @@ class PeerTransport(Transport):
             "ids": empty(num_tokens, layout.id_pitch, dtype=torch.int16),
             "matrix": empty(ranks + 1, ranks),
             "run_starts": empty(ranks, layout.max_runs + 1),
+            "unit_tokens": empty(self.core.SEGMENT_UNITS, ranks) if self.moves_parts else None,
             "counts": empty(local, dtype=torch.int64),
             "offsets": empty(local) if expert else None,
             "positions": empty(ranks * config.max_tokens, places) if expert else None,

@@ -24,6 +24,8 @@ class PeerHandle(Handle):
     """int32 [R + 1, R]"""
     run_starts: Tensor = field(repr=False)
     """int32 [R, runs + 1]"""
+    unit_tokens: Tensor | None = field(repr=False)
+    """int32 [8, R]; only of the copy engines' transport."""
     positions: Tensor | None = field(repr=False)
     """int32 [R * max_tokens, K rounded up to 4]; expert layout only."""
     sent: list[list[int]] | None = field(repr=False)
