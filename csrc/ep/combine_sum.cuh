@@ -55,6 +55,15 @@ __device__ __forceinline__ void add_rows(const SumSource<Row>* sources, uint32_t
   }
 }
 
+// What the copy-engine path sums has all come, and its warps wait for memory only: they call the
+// rows of a token to L2 at once, so that the first loads alone wait long.
+template <class Row>
+__device__ void call_to_l2(const SumSource<Row>* sources, uint32_t count, uint32_t row_bytes) {
+  for (uint32_t s = threadIdx.x % 32; s < count; s += 32) {
+    ptx::bulk_prefetch(sources[s].row, row_bytes);
+  }
+}
+
 // The expert rows of one row in token layout, in top-k order, appended to `sources`; returns the
 // new count. Lane k holds choice k.
 template <class Row>
@@ -86,6 +95,7 @@ __device__ void send_sums(const Combine& c, const WorkQueue& queue, const Staged
       __syncwarp();
       const uint32_t count = append_expert_rows(c, at.input + i, sources, 0);
       __syncwarp();
+      if (kStaging) call_to_l2(sources, count, c.args.row_bytes);
       uint8_t* out = sender.row(at.source, i);
       for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
         const uint32_t unit = unit0 + lane;
@@ -141,6 +151,7 @@ class TokenSums {
     __syncwarp();  // the sources of the token before have been read
     if (!gather(t, &list)) return false;
     __syncwarp();
+    if (kStaging) call_to_l2(sources_, list.end, c_.args.row_bytes);
     const uint32_t units = c_.args.row_bytes / 16;
     const uint64_t row = uint64_t{t} * c_.args.row_bytes;
     for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {

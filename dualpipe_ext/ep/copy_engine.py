@@ -150,7 +150,9 @@ class CopyEngineTransport(PeerTransport):
             if not direct:
                 pack_ctas = self.num_sms
                 pack = tuning.for_combine_pack(source, handle, pack_ctas, self.config)
-            self._shapes[key] = self._shape(source.row_bytes, pack, pack_ctas, tuning.REDUCE)
+            self._shapes[key] = self._shape(
+                source.row_bytes, pack, pack_ctas, tuning.for_reduce(handle)
+            )
         return self._shapes[key]
 
     def _shape(

@@ -183,8 +183,12 @@ def segment_parts(
     return (*(end for end in ends if end * unit < max_tokens), SEGMENT_UNITS)
 
 
-# The copy-engine path: all SMs sum; and a launch that only gives leave and waits for it.
-REDUCE = Tuning(0, receive_warps=16)
+def for_reduce(handle: Handle) -> Tuning:
+    """The copy-engine path: all SMs sum, with as many warps as the kernel is compiled for."""
+    return Tuning(0, receive_warps=16 if handle.layout == "expert" else 20)
+
+
+# The copy-engine path: a launch that only gives leave and waits for it.
 PERMITS_ONLY = Tuning(0, receive_warps=1)
 
 

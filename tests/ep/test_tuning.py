@@ -109,6 +109,10 @@ def test_combine_fits_and_every_role_has_warps(num_ranks: int, top_k: int, hidde
         stages = t.send_warps * t.send_stages
         assert stages * (stage + 8) + warps * lists + 4 * num_ranks <= SHARED_BYTES
         assert layout == "expert" or t.send_stages >= 2
+        reduce = tuning.for_reduce(SimpleNamespace(layout=layout))
+        most = TOKEN_THREADS if layout == "token" else EXPERT_THREADS
+        assert 32 * reduce.receive_warps <= most
+        assert reduce.receive_warps * lists + 4 * num_ranks <= SHARED_BYTES
 
 
 def test_the_share_of_senders_follows_the_work() -> None:
