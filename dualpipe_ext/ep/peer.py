@@ -90,11 +90,7 @@ class PeerTransport(Transport):
                 lambda: c.capture_id(current_stream()),
             ),
         )
-        self.num_sms = config.num_sms or self.default_num_sms
-        # CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
-        sms = torch.cuda.get_device_properties(self._memory.own.device).multi_processor_count
-        launches_for = config.num_ranks if config.local is not None else 1
-        self.num_sms = min(self.num_sms, sms // launches_for)
+        self.num_sms = self.within_gpu(config.num_sms or self.default_num_sms)
         self._last_stream: torch.cuda.Stream | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""
@@ -109,6 +105,16 @@ class PeerTransport(Transport):
     @property
     def memory_bytes(self) -> int:
         return self._layout.bytes
+
+    def within_gpu(self, num_sms: int) -> int:
+        """That many SMs, or as many as every rank of a launch can have.
+
+        CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
+        """
+        device = self._memory.own.device
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        launches_for = self.config.num_ranks if self.config.local is not None else 1
+        return min(num_sms, sms // launches_for)
 
     def holds(self, tensor: Tensor) -> bool:
         first = self._memory.own.data_ptr()
