@@ -109,3 +109,36 @@ def test_impossible_shapes(change, message):
 def test_bad_peer_tables(bases, message):
     with pytest.raises(ValueError, match=message):
         core.module().PeerTable(bases, bytes=1024)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ends": []}, "ascending ends of parts, the last 8"),
+        ({"ends": [2, 5]}, "ascending ends of parts, the last 8"),
+        ({"ends": [5, 5, 8]}, "ascending ends of parts, the last 8"),
+        ({"ends": [0, 8]}, "ascending ends of parts, the last 8"),
+        ({"ends": [4, 9]}, "ascending ends of parts, the last 8"),
+        ({"ends": [*range(1, 9), 8]}, "ascending ends of parts, the last 8"),
+        ({"take_ctas": 0}, "at least one SM for a kernel, got 0"),
+    ],
+)
+def test_bad_parts(change, message):
+    c = core.module()
+    warps = c.Tuning(
+        send_ctas=1,
+        send_warps=1,
+        send_stages=2,
+        own_warps=0,
+        own_stages=0,
+        receive_warps=1,
+        receive_stages=2,
+        send_piece=1024,
+        receive_piece=1024,
+        mixed=False,
+    )
+    good = {"ends": [2, 5, 8], "pack_ctas": 1, "take_ctas": 1}
+    c.CopyShape(staging_slab=1, pack=warps, take=warps, **good)
+    with pytest.raises(ValueError, match=message):
+        c.CopyShape(staging_slab=1, pack=warps, take=warps, **good | change)

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -90,25 +91,6 @@ RowType row_type_from(const std::string& name) {
   throw std::invalid_argument("expected rows of bfloat16, float16, float32, float64, got " + name);
 }
 
-enum class DispatchPart { kAll, kPack, kOwn, kUnpack };
-
-DispatchPart dispatch_part_from(const std::string& name) {
-  if (name == "all") return DispatchPart::kAll;
-  if (name == "pack") return DispatchPart::kPack;
-  if (name == "own") return DispatchPart::kOwn;
-  if (name == "unpack") return DispatchPart::kUnpack;
-  throw std::invalid_argument("expected a part of all, pack, own, unpack, got " + name);
-}
-
-enum class CombinePart { kAll, kPack, kReduce };
-
-CombinePart combine_part_from(const std::string& name) {
-  if (name == "all") return CombinePart::kAll;
-  if (name == "pack") return CombinePart::kPack;
-  if (name == "reduce") return CombinePart::kReduce;
-  throw std::invalid_argument("expected a part of all, pack, reduce, got " + name);
-}
-
 // A ring of fewer than two stages would never load anything. Warps that have no ring take none.
 void check_stages(const Tuning& tuning, bool sending_rings, bool receiving_rings) {
   const auto check = [](uint32_t warps, uint32_t stages, const char* role) {
@@ -130,16 +112,14 @@ void route(const Comm& comm, const std::vector<RouteCall>& calls, uint32_t ctas,
 // What the launches of one kind of call have in common, on all ranks: made once, used by every
 // call.
 struct DispatchPlan {
-  DispatchPart part;
-  uint32_t staging_slab;
   uint32_t ctas;
   DispatchArgs args;  // without the calls
 };
 
-DispatchPlan dispatch_plan(const std::string& part, const std::string& payload, uint32_t in_bytes,
-                           uint32_t out_bytes, uint32_t num_scales, uint32_t weight_bytes,
-                           const Tuning& tuning, uint32_t staging_slab, uint32_t ctas) {
-  DispatchPlan plan{dispatch_part_from(part), staging_slab, ctas, {}};
+DispatchPlan dispatch_plan(const std::string& payload, uint32_t in_bytes, uint32_t out_bytes,
+                           uint32_t num_scales, uint32_t weight_bytes, const Tuning& tuning,
+                           uint32_t ctas) {
+  DispatchPlan plan{ctas, {}};
   plan.args.payload = payload_from(payload);
   plan.args.in_bytes = in_bytes;
   plan.args.out_bytes = out_bytes;
@@ -151,34 +131,22 @@ DispatchPlan dispatch_plan(const std::string& part, const std::string& payload, 
 
 void dispatch(const Comm& comm, const std::vector<DispatchCall>& calls, const DispatchPlan& plan,
               Address stream) {
-  auto args = with_calls(comm, calls, plan.ctas, plan.args);
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
   bool receives = false;
   for (const DispatchCall& call : calls) receives = receives || call.keep_in_slab == 0;
-  check_stages(plan.args.tuning, true, receives);
-  const cudaStream_t on = as_stream(stream);
-  switch (plan.part) {
-    case DispatchPart::kPack:
-      return check_cuda(launch_dispatch_pack(args, plan.staging_slab, on), "dispatch (pack)");
-    case DispatchPart::kOwn:
-      return check_cuda(launch_dispatch_own(args, on), "dispatch (own rows)");
-    case DispatchPart::kUnpack:
-      return check_cuda(launch_dispatch_unpack(args, on), "dispatch (unpack)");
-    case DispatchPart::kAll:
-      return check_cuda(launch_dispatch(args, on), "dispatch");
-  }
+  check_stages(args.tuning, true, receives);
+  check_cuda(launch_dispatch(args, as_stream(stream)), "dispatch");
 }
 
 struct CombinePlan {
-  CombinePart part;
-  uint32_t staging_slab;
   uint32_t ctas;
   CombineArgs args;  // without the calls
 };
 
-CombinePlan combine_plan(const std::string& part, const std::string& row_type, bool expert_layout,
-                         bool weighted, uint32_t row_bytes, uint32_t weight_bytes,
-                         const Tuning& tuning, uint32_t staging_slab, uint32_t ctas) {
-  CombinePlan plan{combine_part_from(part), staging_slab, ctas, {}};
+CombinePlan combine_plan(const std::string& row_type, bool expert_layout, bool weighted,
+                         uint32_t row_bytes, uint32_t weight_bytes, const Tuning& tuning,
+                         uint32_t ctas) {
+  CombinePlan plan{ctas, {}};
   plan.args.type = row_type_from(row_type);
   plan.args.expert_layout = expert_layout;
   plan.args.weighted = weighted;
@@ -192,34 +160,71 @@ CombinePlan combine_plan(const std::string& part, const std::string& row_type, b
 void combine(const Comm& comm, const std::vector<CombineCall>& calls, const CombinePlan& plan,
              Address stream) {
   const auto args = with_calls(comm, calls, plan.ctas, plan.args);
-  const cudaStream_t on = as_stream(stream);
-  switch (plan.part) {
-    case CombinePart::kPack:
-      return check_cuda(launch_combine_pack(args, plan.staging_slab, on), "combine (pack)");
-    case CombinePart::kReduce:
-      return check_cuda(launch_combine_reduce(args, on), "combine (reduce)");
-    case CombinePart::kAll:
-      return check_cuda(launch_combine(args, on), "combine");
+  check_cuda(launch_combine(args, as_stream(stream)), "combine");
+}
+
+// --- copy engines ---------------------------------------------------------------------------
+
+std::unique_ptr<CopyLanes> copy_lanes(uint32_t num_ranks) {
+  auto lanes = std::make_unique<CopyLanes>();
+  check_cuda(lanes->open(num_ranks), "streams for the copy engines");
+  return lanes;
+}
+
+CopyShape copy_shape(const std::vector<uint32_t>& ends, uint32_t staging_slab, const Tuning& pack,
+                     uint32_t pack_ctas, const Tuning& take, uint32_t take_ctas) {
+  CopyShape shape{
+      {static_cast<uint32_t>(ends.size()), {}}, staging_slab, pack, pack_ctas, take, take_ctas};
+  uint32_t before = 0;
+  for (size_t i = 0; i < ends.size(); ++i) {
+    if (ends[i] <= before || ends[i] > kSegmentUnits) before = kSegmentUnits + 1;
+    if (before > kSegmentUnits) break;
+    shape.parts.ends[i] = before = ends[i];
   }
+  if (before != kSegmentUnits) {
+    throw std::invalid_argument("expected ascending ends of parts, the last " +
+                                std::to_string(kSegmentUnits));
+  }
+  if (pack_ctas == 0 || take_ctas == 0) {
+    throw std::invalid_argument("expected at least one SM for a kernel, got 0");
+  }
+  return shape;
 }
 
-void arrivals(const Comm& comm, const std::vector<ArrivalsCall>& calls, bool combine,
-              Address stream) {
-  auto args = with_calls<ArrivalsArgs>(comm, calls, 1);
-  args.combine = combine;
-  check_cuda(launch_arrivals(args, as_stream(stream)), "arrivals");
+// What only a wrong caller can get wrong, but would write anywhere.
+void check_copies(const Comm& comm, const CopyLanes& lanes, const CopyShape& shape,
+                  const std::vector<CopyCall>& copies, size_t num_calls) {
+  const uint64_t ranks = comm.peers.num_ranks, tokens = comm.layout.shape.max_tokens;
+  const auto fits = [&](const std::vector<uint32_t>& rows) {
+    return rows.size() == ranks &&
+           std::all_of(rows.begin(), rows.end(), [&](uint32_t n) { return n <= tokens; });
+  };
+  bool good = copies.size() == num_calls && lanes.num_lanes() == ranks &&
+              shape.parts.count <= comm.layout.control.runs;
+  for (const CopyCall& call : copies) good = good && fits(call.sends) && fits(call.receives);
+  if (!good)
+    throw std::invalid_argument("expected parts and rows that fit the communication memory");
 }
 
-// `rows` runs of `bytes`, `from_pitch` and `to_pitch` apart.
-void copy(Address to, uint64_t to_pitch, Address from, uint64_t from_pitch, uint64_t bytes,
-          uint64_t rows, Address stream) {
-  if (bytes == 0 || rows == 0) return;
-  const bool whole = bytes == to_pitch && bytes == from_pitch;
-  check_cuda(whole ? cudaMemcpyAsync(pointer<void>(to), pointer<void>(from), bytes * rows,
-                                     cudaMemcpyDeviceToDevice, as_stream(stream))
-                   : cudaMemcpy2DAsync(pointer<void>(to), to_pitch, pointer<void>(from), from_pitch,
-                                       bytes, rows, cudaMemcpyDeviceToDevice, as_stream(stream)),
-             "copy to a peer");
+// The plan is that of the kernels before the copies.
+void carry_dispatch(const Comm& comm, const std::vector<DispatchCall>& calls,
+                    const CopyLanes& lanes, const std::vector<CopyCall>& copies,
+                    const CopyShape& shape, const DispatchPlan& plan, Address stream) {
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
+  check_stages(shape.pack, true, false);
+  check_stages(shape.take, false, true);
+  check_copies(comm, lanes, shape, copies, calls.size());
+  check_cuda(dualpipe::carry_dispatch(lanes, args, copies, shape, as_stream(stream)),
+             "dispatch by copy engines");
+}
+
+void carry_combine(const Comm& comm, const std::vector<CombineCall>& calls, const CopyLanes& lanes,
+                   const std::vector<CopyCall>& copies, const CopyShape& shape,
+                   const CombinePlan& plan, bool direct, Address stream) {
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
+  check_copies(comm, lanes, shape, copies, calls.size());
+  check_cuda(dualpipe::carry_combine(lanes, args, copies, shape, direct, as_stream(stream)),
+             "combine by copy engines");
 }
 
 const char* fault_name(uint32_t fault) {
@@ -282,12 +287,13 @@ void bind_calls(py::module_& m) {
   py::class_<DispatchCall>(m, "DispatchCall");
   py::class_<CombineCall>(m, "CombineCall");
   py::class_<HandleArrays>(m, "HandleArrays")
-      .def(py::init<const WorkspaceLayout&, uint32_t, uint32_t, bool, Address, Address, Address,
-                    Address>(),
+      .def(py::init<const WorkspaceLayout&, uint32_t, uint32_t, bool, bool, Address, Address,
+                    Address, Address>(),
            py::arg("layout"), py::arg("rank"), py::arg("num_tokens"), py::arg("expert_layout"),
-           py::arg("arrays"), py::arg("topk_local"), py::arg("counts"), py::arg("offsets"))
+           py::arg("moves_parts"), py::arg("arrays"), py::arg("topk_local"), py::arg("counts"),
+           py::arg("offsets"))
       .def_static("bytes", &HandleArrays::bytes, py::arg("layout"), py::arg("num_tokens"),
-                  py::arg("expert_layout"))
+                  py::arg("expert_layout"), py::arg("moves_parts"))
       .def("route_call", &HandleArrays::route_call, py::arg("alignment"), py::arg("max_rows"),
            py::arg("zero_copy"), py::arg("delay_ns"), py::arg("topk_idx"), py::arg("num_rows"),
            py::arg("reports"), py::arg("report"))
@@ -300,22 +306,38 @@ void bind_calls(py::module_& m) {
            py::arg("bias"), py::arg("row_weights"), py::arg("y"), py::arg("token_weights"));
 }
 
+void bind_copies(py::module_& m) {
+  py::class_<CopyLanes>(m, "CopyLanes").def(py::init(&copy_lanes), py::arg("num_ranks"));
+  py::class_<CopyCall>(m, "CopyCall")
+      .def(py::init([](std::vector<uint32_t> sends, std::vector<uint32_t> receives) {
+             return CopyCall{std::move(sends), std::move(receives)};
+           }),
+           py::kw_only(), py::arg("sends"), py::arg("receives"));
+  py::class_<CopyShape>(m, "CopyShape")
+      .def(py::init(&copy_shape), py::kw_only(), py::arg("ends"), py::arg("staging_slab"),
+           py::arg("pack"), py::arg("pack_ctas"), py::arg("take"), py::arg("take_ctas"));
+  m.def("carry_dispatch", &carry_dispatch, py::arg("comm"), py::arg("calls"), py::arg("lanes"),
+        py::arg("copies"), py::arg("shape"), py::arg("plan"), py::arg("stream"));
+  m.def("carry_combine", &carry_combine, py::arg("comm"), py::arg("calls"), py::arg("lanes"),
+        py::arg("copies"), py::arg("shape"), py::arg("plan"), py::arg("direct"), py::arg("stream"));
+}
+
 void bind_plans(py::module_& m) {
   py::class_<DispatchPlan>(m, "DispatchPlan")
-      .def(py::init(&dispatch_plan), py::kw_only(), py::arg("part"), py::arg("payload"),
-           py::arg("in_bytes"), py::arg("out_bytes"), py::arg("num_scales"),
-           py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"));
+      .def(py::init(&dispatch_plan), py::kw_only(), py::arg("payload"), py::arg("in_bytes"),
+           py::arg("out_bytes"), py::arg("num_scales"), py::arg("weight_bytes"), py::arg("tuning"),
+           py::arg("ctas"));
   py::class_<CombinePlan>(m, "CombinePlan")
-      .def(py::init(&combine_plan), py::kw_only(), py::arg("part"), py::arg("row_type"),
-           py::arg("expert_layout"), py::arg("weighted"), py::arg("row_bytes"),
-           py::arg("weight_bytes"), py::arg("tuning"), py::arg("staging_slab"), py::arg("ctas"));
+      .def(py::init(&combine_plan), py::kw_only(), py::arg("row_type"), py::arg("expert_layout"),
+           py::arg("weighted"), py::arg("row_bytes"), py::arg("weight_bytes"), py::arg("tuning"),
+           py::arg("ctas"));
 }
 
 }  // namespace
 
 void bind_ep(py::module_& m) {
   m.attr("MAX_LOCAL_RANKS") = kMaxLocalRanks;
-  m.attr("COPY_EPOCH_OFFSET") = offsetof(ControlState, copy_epoch);
+  m.attr("SEGMENT_UNITS") = kSegmentUnits;
   bind_reports(m);
   py::class_<Comm>(m, "Comm").def(py::init(&make_comm), py::arg("peers"), py::arg("layout"),
                                   py::arg("channel"), py::arg("timeout_ns"),
@@ -334,17 +356,11 @@ void bind_ep(py::module_& m) {
            py::arg("mixed"));
   bind_calls(m);
   bind_plans(m);
-  py::class_<ArrivalsCall>(m, "ArrivalsCall")
-      .def(py::init([](uint32_t rank) { return ArrivalsCall{rank}; }), py::kw_only(),
-           py::arg("rank"));
   m.def("route", &route, py::arg("comm"), py::arg("calls"), py::arg("ctas"), py::arg("stream"));
   m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::arg("plan"),
         py::arg("stream"));
   m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::arg("plan"), py::arg("stream"));
-  m.def("arrivals", &arrivals, py::arg("comm"), py::arg("calls"), py::kw_only(), py::arg("combine"),
-        py::arg("stream"));
-  m.def("copy", &copy, py::kw_only(), py::arg("to"), py::arg("to_pitch"), py::arg("source"),
-        py::arg("source_pitch"), py::arg("bytes"), py::arg("rows"), py::arg("stream"));
+  bind_copies(m);
 }
 
 }  // namespace dualpipe

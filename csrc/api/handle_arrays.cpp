@@ -14,8 +14,8 @@ T* pointer(uint64_t address) {
 }
 
 HandleLayout checked_handle_layout(const WorkspaceLayout& layout, uint32_t num_tokens,
-                                   bool expert_layout) {
-  const HandleLayout handle = make_handle_layout(layout, num_tokens, expert_layout);
+                                   bool expert_layout, bool moves_parts) {
+  const HandleLayout handle = make_handle_layout(layout, num_tokens, expert_layout, moves_parts);
   if (handle.bytes == 0)
     throw std::invalid_argument("expected arrays of a handle below 2^63 bytes");
   return handle;
@@ -24,8 +24,8 @@ HandleLayout checked_handle_layout(const WorkspaceLayout& layout, uint32_t num_t
 }  // namespace
 
 HandleArrays::HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_t num_tokens,
-                           bool expert_layout, Address arrays, Address topk_local, Address counts,
-                           Address offsets)
+                           bool expert_layout, bool moves_parts, Address arrays, Address topk_local,
+                           Address counts, Address offsets)
     : rank_(rank),
       num_tokens_(num_tokens),
       expert_layout_(expert_layout),
@@ -36,32 +36,43 @@ HandleArrays::HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_
     throw std::invalid_argument("expected arrays of a handle on 16 bytes, got address " +
                                 std::to_string(arrays));
   }
-  const HandleLayout handle = checked_handle_layout(layout, num_tokens, expert_layout);
+  const HandleLayout handle = checked_handle_layout(layout, num_tokens, expert_layout, moves_parts);
   auto* base = pointer<uint8_t>(arrays);
   slots_ = handle.slots.in(base);
   ids_ = handle.ids.in(base);
   matrix_ = handle.matrix.in(base);
   run_starts_ = handle.run_starts.in(base);
+  unit_tokens_ = moves_parts ? handle.unit_tokens.in(base) : nullptr;
   positions_ = expert_layout ? handle.positions.in(base) : nullptr;
 }
 
-uint64_t HandleArrays::bytes(const WorkspaceLayout& layout, uint32_t num_tokens,
-                             bool expert_layout) {
-  return checked_handle_layout(layout, num_tokens, expert_layout).bytes;
+uint64_t HandleArrays::bytes(const WorkspaceLayout& layout, uint32_t num_tokens, bool expert_layout,
+                             bool moves_parts) {
+  return checked_handle_layout(layout, num_tokens, expert_layout, moves_parts).bytes;
 }
 
 RouteCall HandleArrays::route_call(uint32_t alignment, int32_t max_rows, bool zero_copy,
                                    uint32_t delay_ns, Address topk_idx, uint64_t num_rows,
                                    const RouteReports& reports, uint32_t report) const {
-  return {rank_,          num_tokens_,
-          expert_layout_, alignment,
-          max_rows,       zero_copy,
-          delay_ns,       pointer<int64_t>(topk_idx),
-          slots_,         ids_,
-          matrix_,        run_starts_,
-          topk_local_,    positions_,
-          counts_,        offsets_,
-          num_rows,       &reports.at(report)};
+  return {rank_,
+          num_tokens_,
+          expert_layout_,
+          alignment,
+          max_rows,
+          zero_copy,
+          delay_ns,
+          pointer<int64_t>(topk_idx),
+          slots_,
+          ids_,
+          matrix_,
+          run_starts_,
+          unit_tokens_,
+          topk_local_,
+          positions_,
+          counts_,
+          offsets_,
+          num_rows,
+          &reports.at(report)};
 }
 
 DispatchCall HandleArrays::dispatch_call(uint32_t slab, bool keep_in_slab, uint32_t send_delay_ns,
@@ -83,6 +94,7 @@ DispatchCall HandleArrays::dispatch_call(uint32_t slab, bool keep_in_slab, uint3
           ids_,
           matrix_,
           run_starts_,
+          unit_tokens_,
           topk_local_,
           positions_,
           counts_,
@@ -111,6 +123,7 @@ CombineCall HandleArrays::combine_call(uint32_t send_delay_ns, uint32_t receive_
           slots_,
           ids_,
           matrix_,
+          unit_tokens_,
           positions_,
           pointer<uint8_t>(y),
           pointer<uint8_t>(token_weights)};

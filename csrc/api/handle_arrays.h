@@ -20,10 +20,11 @@ class HandleArrays {
   // `arrays`: bytes() of memory on 16 bytes, the unit of bulk copies. `topk_local` in the token
   // layout, `offsets` in the expert layout.
   HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_t num_tokens,
-               bool expert_layout, Address arrays, Address topk_local, Address counts,
-               Address offsets);
+               bool expert_layout, bool moves_parts, Address arrays, Address topk_local,
+               Address counts, Address offsets);
 
-  static uint64_t bytes(const WorkspaceLayout& layout, uint32_t num_tokens, bool expert_layout);
+  static uint64_t bytes(const WorkspaceLayout& layout, uint32_t num_tokens, bool expert_layout,
+                        bool moves_parts);
 
   RouteCall route_call(uint32_t alignment, int32_t max_rows, bool zero_copy, uint32_t delay_ns,
                        Address topk_idx, uint64_t num_rows, const RouteReports& reports,
@@ -39,7 +40,7 @@ class HandleArrays {
 
  private:
   uint32_t rank_, num_tokens_, expert_layout_;
-  int32_t *slots_, *matrix_, *run_starts_, *positions_, *offsets_;
+  int32_t *slots_, *matrix_, *run_starts_, *unit_tokens_, *positions_, *offsets_;
   int16_t* ids_;
   int64_t *topk_local_, *counts_;
 };

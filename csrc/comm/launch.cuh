@@ -26,16 +26,16 @@ __device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local,
 }
 
 // Called by all threads of every CTA as the last thing: the last CTA of the rank counts `*epoch`
-// on and makes the queues full again. All CTAs have read the epoch and taken their work before they
-// come here, and the next kernel of the stream starts after the last one, so nobody reads what
-// changes. `epoch` and the ticket are the rank's own.
+// on (null: the transfer has further kernels) and makes the queues full again. All CTAs have read
+// the epoch and taken their work before they come here, and the next kernel of the stream starts
+// after the last one, so nobody reads what changes. `epoch` and the ticket are the rank's own.
 __device__ inline void finish_epoch(ControlState* state, uint32_t* epoch, uint32_t ctas) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&state->ticket, 1u) + 1 != ctas) return;
   state->ticket = 0;
   for (uint32_t& taken : state->taken) taken = 0;
-  *epoch += 1;
+  if (epoch != nullptr) *epoch += 1;
 }
 
 // Test hook: holds a role back, so that races have time to show.

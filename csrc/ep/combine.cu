@@ -56,30 +56,32 @@ struct SharedLayout {
 template <class Row, bool kExpert, bool kWeighted, bool kStaging>
 __device__ void send_role(const Combine& c, const SharedLayout& shared, uint8_t* memory,
                           SumSource<Row>* sources, uint32_t warp, uint32_t cta, uint32_t ctas,
-                          uint32_t staging_slab) {
+                          const StagedPart& staged) {
   const Tuning& tuning = c.args.tuning;
   const WorkQueue queue(c.watchdog.state, Queue::kSend, warp * ctas + cta,
                         tuning.send_warps * ctas);
   delay(c.call.send_delay_ns);
   if constexpr (kExpert) {
-    send_sums<Row, kWeighted, kStaging>(c, queue, staging_slab, sources);
+    send_sums<Row, kWeighted, kStaging>(c, queue, staged, sources);
   } else {
     const uint32_t stage = warp * tuning.send_stages;
     Ring ring(memory + stage * shared.stage.bytes(),
               reinterpret_cast<uint64_t*>(memory + shared.full_offset()) + stage, shared.stage,
               tuning.send_stages);
     ring.init();
-    CopyChunks<kStaging> work(c, shared.piece, queue, staging_slab);
+    CopyChunks<kStaging> work(c, shared.piece, queue, staged);
     pump(ring, work);
   }
 }
 
-// Which part of a combine a kernel does: all, the way into the staging slab, or the sums.
-enum class Part { kAll, kPack, kReduce };
+// What a kernel does of a combine: all; the way into the staging slab; or the sums. The latter two
+// for one part of all segments.
+enum class Half { kBoth, kPack, kReduce };
 
-template <class Row, bool kExpert, bool kWeighted, Part kPart>
+template <class Row, bool kExpert, bool kWeighted, Half kHalf>
 __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
-    combine_kernel(const __grid_constant__ CombineArgs args, uint32_t staging_slab) {
+    combine_kernel(const __grid_constant__ CombineArgs args,
+                   const __grid_constant__ StagedPart staged) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Place place = Place::here(args.launch);
   const CombineCall& call = args.calls[place.local];
@@ -90,9 +92,12 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   const Combine c{{args, call, watchdog, watchdog.state->transfer_epoch + 1}, first_rows};
   const Tuning& t = args.tuning;
   const uint32_t warp = threadIdx.x / 32, cta = place.cta;
-  constexpr bool kStaging = kPart != Part::kAll;
+  constexpr bool kStaging = kHalf != Half::kBoth;
+  // Whether this is the first kernel of the combine; and the last.
+  const bool begins = kHalf != Half::kReduce && staged.part.begins();
+  const bool ends = kHalf != Half::kPack && staged.part.ends();
 
-  if (kPart != Part::kReduce && cta == 0 && warp + 1 == blockDim.x / 32) c.send_permits(0);
+  if (begins && cta == 0 && warp + 1 == blockDim.x / 32) c.send_permits(0);
   for (uint32_t r = threadIdx.x; r < c.num_ranks(); r += blockDim.x) {
     first_rows[r] = c.first_row(c.me(), r);
   }
@@ -101,72 +106,70 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
       reinterpret_cast<SumSource<Row>*>(memory + shared.sources_offset() + warp * shared.sources);
   const uint32_t ctas = args.launch.ctas;
   const bool sends =
-      kPart != Part::kReduce && (t.mixed != 0 || cta < t.send_ctas) && warp < t.send_warps;
+      kHalf != Half::kReduce && (t.mixed != 0 || cta < t.send_ctas) && warp < t.send_warps;
   if (sends) {
     send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
-                                                 t.mixed != 0 ? ctas : t.send_ctas, staging_slab);
+                                                 t.mixed != 0 ? ctas : t.send_ctas, staged);
   }
   // Sums start behind the send warps of a CTA that does both, else at the first warp of a local
   // one.
   const uint32_t first_sum = t.mixed != 0 ? t.send_warps : 0;
   const uint32_t first_cta = t.mixed != 0 ? 0 : t.send_ctas;
   const bool sums = cta >= first_cta && warp >= first_sum && warp < first_sum + t.receive_warps;
-  if (kPart != Part::kPack && (sends || sums)) {
+  if (kHalf != Half::kPack && (sends || sums)) {
     delay(call.receive_delay_ns);
     const uint32_t sum_ctas = ctas - first_cta, sum_warps = t.receive_warps * sum_ctas;
     // Who has sent everything helps with the sums that are left.
     TokenSums<Row, kExpert, kWeighted, kStaging>(c, sources)
         .run(sends ? WorkQueue::joined(c.watchdog.state, Queue::kReceive, sum_warps)
                    : WorkQueue(c.watchdog.state, Queue::kReceive,
-                               (warp - first_sum) * sum_ctas + cta - first_cta, sum_warps));
+                               (warp - first_sum) * sum_ctas + cta - first_cta, sum_warps),
+             staged.part);
   }
-  if (kPart == Part::kPack) {
-    // The copies that follow on the stream write into the peers' slabs.
-    if (cta == 0 && warp == 0) {
-      const bool open = ChunkSender<false>(c, staging_slab).open(/*everyone=*/true);
-      // Without all permits the copies' flags must not vouch for them.
-      if (open && threadIdx.x == 0) watchdog.state->copy_epoch = c.epoch;
-    }
-    return;
+  // The copies that follow on the stream write into the peers' slabs.
+  if (kHalf == Half::kPack && begins && cta == 0 && warp == 0) {
+    c.open_copies(Phase::kCombinePermit);
   }
-  finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);
+  finish_epoch(watchdog.state, ends ? &watchdog.state->transfer_epoch : nullptr, args.launch.ctas);
 }
 
-template <class Row, Part kPart>
-cudaError_t launch(const CombineArgs& args, uint32_t staging_slab, cudaStream_t stream) {
-  const auto kernel = args.expert_layout == 0 ? combine_kernel<Row, false, false, kPart>
-                      : args.weighted == 0    ? combine_kernel<Row, true, false, kPart>
-                                              : combine_kernel<Row, true, true, kPart>;
-  return launch_transfer(kernel, args, staging_slab, SharedLayout(args).bytes(args), stream);
+template <class Row, Half kHalf>
+cudaError_t launch(const CombineArgs& args, const StagedPart& staged, cudaStream_t stream) {
+  const auto kernel = args.expert_layout == 0 ? combine_kernel<Row, false, false, kHalf>
+                      : args.weighted == 0    ? combine_kernel<Row, true, false, kHalf>
+                                              : combine_kernel<Row, true, true, kHalf>;
+  return launch_transfer(kernel, args, staged, SharedLayout(args).bytes(args), stream);
 }
 
-template <Part kPart>
-cudaError_t launch_for_type(const CombineArgs& args, uint32_t staging_slab, cudaStream_t stream) {
+template <Half kHalf>
+cudaError_t launch_for_type(const CombineArgs& args, const StagedPart& staged,
+                            cudaStream_t stream) {
   switch (args.type) {
     case RowType::kF16:
-      return launch<F16Row, kPart>(args, staging_slab, stream);
+      return launch<F16Row, kHalf>(args, staged, stream);
     case RowType::kF32:
-      return launch<F32Row, kPart>(args, staging_slab, stream);
+      return launch<F32Row, kHalf>(args, staged, stream);
     case RowType::kF64:
-      return launch<F64Row, kPart>(args, staging_slab, stream);
+      return launch<F64Row, kHalf>(args, staged, stream);
     default:
-      return launch<Bf16Row, kPart>(args, staging_slab, stream);
+      return launch<Bf16Row, kHalf>(args, staged, stream);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
-  return launch_for_type<Part::kAll>(args, 0, stream);
+  return launch_for_type<Half::kBoth>(args, {0, SegmentPart::whole()}, stream);
 }
 
-cudaError_t launch_combine_pack(const CombineArgs& args, uint32_t staging_slab,
+cudaError_t launch_combine_pack(const CombineArgs& args, const StagedPart& staged,
                                 cudaStream_t stream) {
-  return launch_for_type<Part::kPack>(args, staging_slab, stream);
+  return launch_for_type<Half::kPack>(args, staged, stream);
 }
 
-cudaError_t launch_combine_reduce(const CombineArgs& args, cudaStream_t stream) {
-  return launch_for_type<Part::kReduce>(args, 0, stream);
+cudaError_t launch_combine_reduce(const CombineArgs& args, const SegmentPart& part,
+                                  cudaStream_t stream) {
+  return launch_for_type<Half::kReduce>(args, {0, part}, stream);
 }
 
 }  // namespace dualpipe

@@ -27,6 +27,7 @@ struct CombineCall {
   const int32_t* slots;
   const int16_t* ids;
   const int32_t* matrix;
+  const int32_t* unit_tokens;  // the copy-engine path
   const int32_t* positions;
   // The output.
   uint8_t* y;              // [T, row_bytes]
@@ -47,10 +48,12 @@ struct CombineArgs {
 // Enqueues the kernel that sends and reduces; does not wait.
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
 
-// The halves of the copy-engine path: rows into the staging slab, then, once the copies have come,
-// their reduction. Without send warps the first only exchanges the permits.
-cudaError_t launch_combine_pack(const CombineArgs& args, uint32_t staging_slab,
+// The halves of the copy-engine path, one part of all segments at a time, in order: rows into the
+// staging slab (without send warps, only the exchange of permits); the sums of the tokens whose
+// last rows have come with that part.
+cudaError_t launch_combine_pack(const CombineArgs& args, const StagedPart& staged,
                                 cudaStream_t stream);
-cudaError_t launch_combine_reduce(const CombineArgs& args, cudaStream_t stream);
+cudaError_t launch_combine_reduce(const CombineArgs& args, const SegmentPart& part,
+                                  cudaStream_t stream);
 
 }  // namespace dualpipe

@@ -43,14 +43,18 @@ struct Chunk {
   uint64_t input = 0;            // row in token layout of the segment's first
 };
 
-// The chunks that a queue hands out: index by index over all ranks, so that no two ranks push at
-// one receiver for long.
+// The chunks of one part of all segments that a queue hands out: index by index over all ranks, so
+// that no two ranks push at one receiver for long.
 class ChunkCursor {
  public:
-  __device__ ChunkCursor(const Combine& c, const WorkQueue& queue) : c_(c), queue_(queue) {
-    int32_t most = 0;
+  __device__ __forceinline__ ChunkCursor(const Combine& c, const WorkQueue& queue,
+                                         const SegmentPart& part)
+      : c_(c), queue_(queue), part_(part) {
+    uint32_t most = 0;
     for (uint32_t s = 0; s < c.num_ranks(); ++s) {
-      if (s != c.me()) most = max(most, c.sent(s, c.me()));
+      if (s == c.me()) continue;
+      const uint32_t rows = c.sent(s, c.me());
+      most = max(most, last_row(rows) - first_row(rows));
     }
     end_ = ceil_div(most, kChunkRows) * (c.num_ranks() - 1);
   }
@@ -64,16 +68,25 @@ class ChunkCursor {
       const uint32_t index = next / others;
       const uint32_t source = (c_.me() + 1 + next % others) % c_.num_ranks();
       const uint32_t rows = c_.sent(source, c_.me());
-      if (index * kChunkRows >= rows) continue;
-      *chunk = {source, index, index * kChunkRows, min((index + 1) * kChunkRows, rows),
+      const uint32_t first = first_row(rows) + index * kChunkRows, last = last_row(rows);
+      if (first >= last) continue;
+      *chunk = {source, index, first, min(first + kChunkRows, last),
                 uint64_t(c_.first_row(source, c_.me()))};
       return true;
     }
   }
 
  private:
+  __device__ uint32_t first_row(uint32_t rows) const {
+    return part_.first_row(c_.max_tokens(), rows);
+  }
+  __device__ uint32_t last_row(uint32_t rows) const {
+    return part_.last_row(c_.max_tokens(), rows);
+  }
+
   const Combine& c_;
   WorkQueue queue_;
+  const SegmentPart part_;
   uint32_t end_;
 };
 
@@ -84,12 +97,11 @@ class ChunkSender {
   __device__ ChunkSender(const Combine& c, uint32_t staging_slab)
       : c_(c), staging_slab_(staging_slab), lane_(threadIdx.x % 32) {}
 
-  // Waits for the leave of every rank that gets rows, or of everyone: the copy engines write to all
-  // peers, whatever these have sent. False if this rank has failed.
-  __device__ bool open(bool everyone = false) const {
+  // Waits for the leave of every rank that gets rows. False if this rank has failed.
+  __device__ bool open() const {
     if (kStaging) return true;
     return c_.wait_for_permits(
-        Phase::kCombinePermit, [&](uint32_t to) { return everyone || c_.sent(to, c_.me()) != 0; },
+        Phase::kCombinePermit, [&](uint32_t to) { return c_.sent(to, c_.me()) != 0; },
         [](uint32_t, uint32_t) {});
   }
 
@@ -135,8 +147,11 @@ template <bool kStaging>
 class CopyChunks {
  public:
   __device__ CopyChunks(const Combine& c, uint32_t piece_bytes, const WorkQueue& queue,
-                        uint32_t staging_slab)
-      : c_(c), sender_(c, staging_slab), piece_bytes_(piece_bytes), cursor_(c, queue) {}
+                        const StagedPart& staged)
+      : c_(c),
+        sender_(c, staged.staging_slab),
+        piece_bytes_(piece_bytes),
+        cursor_(c, queue, kStaging ? staged.part : SegmentPart::whole()) {}
 
   __device__ __forceinline__ bool load(Ring& ring, uint32_t stage) {
     if (failed_) return false;
@@ -222,7 +237,7 @@ class CopyChunks {
 
   // Tells of the chunk before this one, as a dispatch does of a run.
   __device__ __forceinline__ void announce_previous() {
-    if (previous_.chunk == Announced::kNone) return;
+    if (kStaging || previous_.chunk == Announced::kNone) return;
     bulk_wait_group_at_most(steps_of_chunk_);
     publish(previous_);
     previous_ = {};

@@ -55,6 +55,15 @@ __device__ __forceinline__ void add_rows(const SumSource<Row>* sources, uint32_t
   }
 }
 
+// What the copy-engine path sums has all come, and its warps wait for memory only: they call the
+// rows of a token to L2 at once, so that the first loads alone wait long.
+template <class Row>
+__device__ void call_to_l2(const SumSource<Row>* sources, uint32_t count, uint32_t row_bytes) {
+  for (uint32_t s = threadIdx.x % 32; s < count; s += 32) {
+    ptx::bulk_prefetch(sources[s].row, row_bytes);
+  }
+}
+
 // The expert rows of one row in token layout, in top-k order, appended to `sources`; returns the
 // new count. Lane k holds choice k.
 template <class Row>
@@ -74,18 +83,19 @@ __device__ uint32_t append_expert_rows(const Combine& c, uint64_t row, SumSource
 // Expert layout, sending: a row's expert rows are summed, rounded once, and go to the rank of the
 // token by ordinary stores.
 template <class Row, bool kWeighted, bool kStaging>
-__device__ void send_sums(const Combine& c, const WorkQueue& queue, uint32_t staging_slab,
+__device__ void send_sums(const Combine& c, const WorkQueue& queue, const StagedPart& staged,
                           SumSource<Row>* sources) {
   constexpr uint32_t kUnits = kSentShape.units;
-  const ChunkSender<kStaging> sender(c, staging_slab);
+  const ChunkSender<kStaging> sender(c, staged.staging_slab);
   const uint32_t units = c.args.row_bytes / 16, lane = threadIdx.x % 32;
-  ChunkCursor cursor(c, queue);
+  ChunkCursor cursor(c, queue, kStaging ? staged.part : SegmentPart::whole());
   if (!sender.open()) return;
   for (Chunk at; cursor.advance(&at);) {
     for (uint32_t i = at.first; i < at.last; ++i) {
       __syncwarp();
       const uint32_t count = append_expert_rows(c, at.input + i, sources, 0);
       __syncwarp();
+      if (kStaging) call_to_l2(sources, count, c.args.row_bytes);
       uint8_t* out = sender.row(at.source, i);
       for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
         const uint32_t unit = unit0 + lane;
@@ -115,9 +125,12 @@ class TokenSums {
   __device__ TokenSums(const Combine& c, SumSource<Row>* sources)
       : c_(c), sources_(sources), lane_(threadIdx.x % 32), slab_(c.slab(c.me(), 0)) {}
 
-  // The tokens that the queue hands out.
-  __device__ void run(WorkQueue queue) {
-    for (uint32_t t; (t = queue.take()) < c_.call.num_tokens;) {
+  // The tokens that the queue hands out; of what the copy engines bring, those whose last rows
+  // have come with that part.
+  __device__ void run(WorkQueue queue, const SegmentPart& part) {
+    const uint32_t first = kStaging ? c_.tokens_of_units(part.first) : 0;
+    const uint32_t end = kStaging ? c_.tokens_of_units(part.last) : c_.call.num_tokens;
+    for (uint32_t t; (t = first + queue.take()) < end;) {
       if (!token(t, queue)) return;
     }
   }
@@ -138,6 +151,7 @@ class TokenSums {
     __syncwarp();  // the sources of the token before have been read
     if (!gather(t, &list)) return false;
     __syncwarp();
+    if (kStaging) call_to_l2(sources_, list.end, c_.args.row_bytes);
     const uint32_t units = c_.args.row_bytes / 16;
     const uint64_t row = uint64_t{t} * c_.args.row_bytes;
     for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {

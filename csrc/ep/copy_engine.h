@@ -1,26 +1,64 @@
-// What the copy-engine path needs besides the pack and unpack kernels: a bounded wait, on the
-// device, for the copies of the other ranks.
+// The copy-engine path: dispatches and combines whose rows cross the link without an SM. See
+// copy_engine.cu for the protocol.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
-#include "comm/launch_args.h"
+#include "ep/combine.h"
+#include "ep/dispatch.h"
+#include "layout/segment.h"
 
 namespace dualpipe {
 
-struct ArrivalsCall {
-  uint32_t rank;
+// Streams and events, made once: a call may be captured into a graph, when nothing can be made.
+class CopyLanes {
+ public:
+  CopyLanes() = default;
+  CopyLanes(const CopyLanes&) = delete;
+  CopyLanes& operator=(const CopyLanes&) = delete;
+  ~CopyLanes();
+
+  // On the current device, for that many ranks.
+  cudaError_t open(uint32_t num_ranks);
+
+  uint32_t num_lanes() const { return static_cast<uint32_t>(lanes_.size()); }
+  // What goes to that peer, of all ranks of a launch.
+  cudaStream_t lane(uint32_t peer) const { return lanes_[peer]; }
+  cudaEvent_t packed(uint32_t part) const { return packed_[part]; }
+  cudaEvent_t carried(uint32_t peer) const { return carried_[peer]; }
+
+ private:
+  std::vector<cudaStream_t> lanes_;
+  std::vector<cudaEvent_t> packed_, carried_;
 };
 
-struct ArrivalsArgs {
-  LaunchArgs launch;
-  uint32_t combine;  // 1: rows come back from the ranks they were sent to
-  ArrivalsCall calls[kMaxLocalRanks];
+// What the host knows of one rank's call.
+struct CopyCall {
+  std::vector<uint32_t> sends;     // [R] rows to each rank, or max_tokens where nobody knows
+  std::vector<uint32_t> receives;  // [R] likewise, from each rank
 };
 
-// Enqueues a CTA per rank that waits until the copies of every other rank are there.
-cudaError_t launch_arrivals(const ArrivalsArgs& args, cudaStream_t stream);
+// What all ranks of a call share.
+struct CopyShape {
+  SegmentParts parts;
+  uint32_t staging_slab;
+  Tuning pack;         // of the kernels before the copies
+  uint32_t pack_ctas;  //
+  Tuning take;         // of those after them
+  uint32_t take_ctas;
+};
+
+// Enqueue all kernels and copies of a dispatch or a combine; `calls` belong to args.calls. The
+// CTAs and the tuning in `args` are replaced. `direct`: rows in token layout, and numbers as dense
+// as in a slab, are copied from where they are, and nothing is packed.
+cudaError_t carry_dispatch(const CopyLanes& lanes, DispatchArgs args,
+                           const std::vector<CopyCall>& calls, const CopyShape& shape,
+                           cudaStream_t stream);
+cudaError_t carry_combine(const CopyLanes& lanes, CombineArgs args,
+                          const std::vector<CopyCall>& calls, const CopyShape& shape, bool direct,
+                          cudaStream_t stream);
 
 }  // namespace dualpipe

@@ -102,7 +102,7 @@ struct Share {
 
 template <Payload kPayload, Way kWay>
 __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
-                          uint32_t warp, const Share& share, uint32_t staging_slab) {
+                          uint32_t warp, const Share& share, const StagedPart& staged) {
   const Tuning& tuning = d.args.tuning;
   const uint32_t stage = warp * tuning.send_stages;
   Ring ring(memory + stage * shared.send_stage.bytes(),
@@ -116,7 +116,7 @@ __device__ void send_role(const Dispatch& d, const SharedLayout& shared, uint8_t
       reinterpret_cast<uint8_t**>(outbox) + warp * ranks,
       reinterpret_cast<int32_t*>(outbox + 8 * tuning.send_warps * ranks) + warp * ranks};
   SendWork<kPayload, kWay> work(d, shared.send_numbers, shared.send_piece, box,
-                                share.of(d, Queue::kSend), staging_slab);
+                                share.of(d, Queue::kSend), staged);
   pump(ring, work);
 }
 
@@ -129,17 +129,17 @@ __device__ void own_role(const Dispatch& d, const SharedLayout& shared, uint8_t*
             d.args.tuning.own_stages);
   ring.init();
   SendWork<kPayload, Way::kOwn> work(d, shared.send_numbers, shared.send_piece, {},
-                                     share.of(d, Queue::kOwn), 0);
+                                     share.of(d, Queue::kOwn), {});
   pump(ring, work);
 }
 
 template <bool kStaging>
 __device__ void receive_role(const Dispatch& d, const SharedLayout& shared, uint8_t* memory,
-                             uint32_t warp, const Share& share) {
+                             uint32_t warp, const Share& share, const SegmentPart& part) {
   delay(d.call.receive_delay_ns);
-  ZeroRows(d, share.index, share.count).run();
+  if (part.begins()) ZeroRows(d, share.index, share.count).run();
   ReceiveWork<kStaging> work(d, shared.receive_numbers, shared.receive_piece,
-                             share.of(d, Queue::kReceive));
+                             share.of(d, Queue::kReceive), part);
   if (d.call.keep_in_slab != 0) return work.await_all();
   const uint32_t stage = warp * d.args.tuning.receive_stages;
   Ring ring(memory + shared.receive_offset() + stage * shared.receive_stage.bytes(),
@@ -149,13 +149,14 @@ __device__ void receive_role(const Dispatch& d, const SharedLayout& shared, uint
   pump(ring, work);
 }
 
-// Which part of a dispatch a kernel does: all, the way into the staging slab, the rows that stay on
-// the rank, or the way out of the slab.
-enum class Part { kAll, kPack, kOwn, kUnpack };
+// What a kernel does of a dispatch: all; the way into the staging slab, and to the output of this
+// rank; or the way out of the slab. The latter two for one part of all segments.
+enum class Half { kBoth, kPack, kUnpack };
 
-template <Payload kPayload, Part kPart>
+template <Payload kPayload, Half kHalf>
 __global__ void __launch_bounds__(kDispatchThreads, 1)
-    dispatch_kernel(const __grid_constant__ DispatchArgs args, uint32_t staging_slab) {
+    dispatch_kernel(const __grid_constant__ DispatchArgs args,
+                    const __grid_constant__ StagedPart staged) {
   extern __shared__ __align__(128) uint8_t memory[];
   const Place place = Place::here(args.launch);
   const DispatchCall& call = args.calls[place.local];
@@ -165,90 +166,83 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const SharedLayout shared(args);
   const Tuning& t = args.tuning;
   const uint32_t warp = threadIdx.x / 32, cta = place.cta;
-  constexpr bool kSends = kPart == Part::kAll || kPart == Part::kPack;
-  constexpr bool kStaging = kPart != Part::kAll;
+  constexpr bool kSends = kHalf != Half::kUnpack, kReceives = kHalf != Half::kPack;
+  constexpr bool kStaging = kHalf != Half::kBoth;
+  // Whether this is the first kernel of the dispatch; and the last.
+  const bool begins = kSends && staged.part.begins();
+  const bool ends = kReceives && staged.part.ends();
 
-  if (kSends && cta == 0 && warp + 1 == blockDim.x / 32) d.send_permits(call.slab);
-  if (kPart == Part::kAll && t.mixed != 0) {
+  if (begins && cta == 0 && warp + 1 == blockDim.x / 32) d.send_permits(call.slab);
+  if (kHalf == Half::kBoth && t.mixed != 0) {
     const uint32_t ctas = args.launch.ctas;
     if (warp < t.send_warps) {
       const Share share(warp, t.send_warps, cta, ctas);
-      send_role<kPayload, Way::kEverywhere>(d, shared, memory, warp, share, staging_slab);
+      send_role<kPayload, Way::kEverywhere>(d, shared, memory, warp, share, staged);
     } else {
       const uint32_t receiver = warp - t.send_warps;
       receive_role<kStaging>(d, shared, memory + shared.send_bytes(args), receiver,
-                             Share(receiver, t.receive_warps, cta, ctas));
+                             Share(receiver, t.receive_warps, cta, ctas), staged.part);
     }
   } else if (cta < t.send_ctas) {
     if (kSends && warp < t.send_warps) {
       const Share share(warp, t.send_warps, cta, t.send_ctas);
       send_role<kPayload, kStaging ? Way::kStaging : Way::kPeers>(d, shared, memory, warp, share,
-                                                                  staging_slab);
+                                                                  staged);
     }
   } else {
     const uint32_t local_cta = cta - t.send_ctas, ctas = args.launch.ctas - t.send_ctas;
     if (warp < t.own_warps) {
-      if constexpr (kPart == Part::kAll || kPart == Part::kOwn) {
+      if constexpr (!kStaging) {
         own_role<kPayload>(d, shared, memory, warp, Share(warp, t.own_warps, local_cta, ctas));
       }
     } else if (warp < t.own_warps + t.receive_warps) {
-      if constexpr (kPart == Part::kAll || kPart == Part::kUnpack) {
+      if constexpr (kReceives) {
         const uint32_t receiver = warp - t.own_warps;
         receive_role<kStaging>(d, shared, memory, receiver,
-                               Share(receiver, t.receive_warps, local_cta, ctas));
+                               Share(receiver, t.receive_warps, local_cta, ctas), staged.part);
       }
     }
   }
-  if (kPart == Part::kPack && cta == 0) {
-    // The copies that follow on the stream write into the peers' slabs.
-    if (warp == 0) {
-      const bool open = d.wait_for_permits(
-          Phase::kDispatchPermit, [](uint32_t) { return true; }, [](uint32_t, uint32_t) {});
-      // Without all permits the copies' flags must not vouch for them.
-      if (open && threadIdx.x == 0) watchdog.state->copy_epoch = d.epoch;
-    }
+  // The copies that follow on the stream write into the peers' slabs.
+  if (kHalf == Half::kPack && begins && cta == 0 && warp == 0) {
+    d.open_copies(Phase::kDispatchPermit);
   }
-  if (kPart == Part::kAll || kPart == Part::kUnpack) {
-    finish_epoch(watchdog.state, &watchdog.state->transfer_epoch, args.launch.ctas);
-  }
+  finish_epoch(watchdog.state, ends ? &watchdog.state->transfer_epoch : nullptr, args.launch.ctas);
 }
 
-template <Payload kPayload, Part kPart>
-cudaError_t launch(const DispatchArgs& args, uint32_t staging_slab, cudaStream_t stream) {
-  return launch_transfer(dispatch_kernel<kPayload, kPart>, args, staging_slab,
+template <Payload kPayload, Half kHalf>
+cudaError_t launch(const DispatchArgs& args, const StagedPart& staged, cudaStream_t stream) {
+  return launch_transfer(dispatch_kernel<kPayload, kHalf>, args, staged,
                          SharedLayout(args).bytes(args), stream);
 }
 
-template <Part kPart>
-cudaError_t launch_for_payload(const DispatchArgs& args, uint32_t staging_slab,
+template <Half kHalf>
+cudaError_t launch_for_payload(const DispatchArgs& args, const StagedPart& staged,
                                cudaStream_t stream) {
   switch (args.payload) {
     case Payload::kQuantize:
-      return launch<Payload::kQuantize, kPart>(args, staging_slab, stream);
+      return launch<Payload::kQuantize, kHalf>(args, staged, stream);
     case Payload::kQuantizePow2:
-      return launch<Payload::kQuantizePow2, kPart>(args, staging_slab, stream);
+      return launch<Payload::kQuantizePow2, kHalf>(args, staged, stream);
     default:
-      return launch<Payload::kAsIs, kPart>(args, staging_slab, stream);
+      return launch<Payload::kAsIs, kHalf>(args, staged, stream);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
-  return launch_for_payload<Part::kAll>(args, 0, stream);
+  return launch_for_payload<Half::kBoth>(args, {0, SegmentPart::whole()}, stream);
 }
 
-cudaError_t launch_dispatch_pack(const DispatchArgs& args, uint32_t staging_slab,
+cudaError_t launch_dispatch_pack(const DispatchArgs& args, const StagedPart& staged,
                                  cudaStream_t stream) {
-  return launch_for_payload<Part::kPack>(args, staging_slab, stream);
+  return launch_for_payload<Half::kPack>(args, staged, stream);
 }
 
-cudaError_t launch_dispatch_own(const DispatchArgs& args, cudaStream_t stream) {
-  return launch_for_payload<Part::kOwn>(args, 0, stream);
-}
-
-cudaError_t launch_dispatch_unpack(const DispatchArgs& args, cudaStream_t stream) {
-  return launch<Payload::kAsIs, Part::kUnpack>(args, 0, stream);
+cudaError_t launch_dispatch_unpack(const DispatchArgs& args, const SegmentPart& part,
+                                   cudaStream_t stream) {
+  return launch<Payload::kAsIs, Half::kUnpack>(args, {0, part}, stream);
 }
 
 }  // namespace dualpipe

@@ -34,8 +34,9 @@ struct DispatchCall {
   const int16_t* ids;
   const int32_t* matrix;
   const int32_t* run_starts;
-  const int64_t* topk_local;  // token layout with weights
-  const int32_t* positions;   // expert layout
+  const int32_t* unit_tokens;  // the copy-engine path
+  const int64_t* topk_local;   // token layout with weights
+  const int32_t* positions;    // expert layout
   const int64_t* counts;
   const int32_t* offsets;
   // The output.
@@ -61,11 +62,11 @@ struct DispatchArgs {
 // Enqueues the kernel that sends and receives; does not wait.
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
 
-// The parts of the copy-engine path: rows of peers into the staging slab; rows that stay to their
-// place, while the copies are under way; once they have come, rows from the slab to their place.
-cudaError_t launch_dispatch_pack(const DispatchArgs& args, uint32_t staging_slab,
+// The halves of the copy-engine path, one part of all segments at a time, in order: rows of peers
+// into the staging slab, and those that stay to their place; rows that have come to their place.
+cudaError_t launch_dispatch_pack(const DispatchArgs& args, const StagedPart& staged,
                                  cudaStream_t stream);
-cudaError_t launch_dispatch_own(const DispatchArgs& args, cudaStream_t stream);
-cudaError_t launch_dispatch_unpack(const DispatchArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch_unpack(const DispatchArgs& args, const SegmentPart& part,
+                                   cudaStream_t stream);
 
 }  // namespace dualpipe

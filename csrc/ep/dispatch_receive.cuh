@@ -8,17 +8,22 @@
 
 namespace dualpipe {
 
-// Takes in the runs of all other ranks that a queue hands out, earliest first.
+// Rows of a run of those that the copy engines have brought, and that are all there.
+inline constexpr uint32_t kStagedRows = 4;
+
+// Takes in the runs of all other ranks that a queue hands out, earliest first; of what the copy
+// engines bring, those of one part.
 template <bool kStaging>
 class ReceiveWork {
  public:
   __device__ ReceiveWork(const Dispatch& dispatch, const StageNumbers& numbers,
-                         uint32_t piece_bytes, const WorkQueue& queue)
+                         uint32_t piece_bytes, const WorkQueue& queue, const SegmentPart& part)
       : d_(dispatch),
         numbers_(numbers),
         piece_bytes_(piece_bytes),
         lane_(threadIdx.x % 32),
         slab_(dispatch.slab(dispatch.me(), dispatch.call.slab)),
+        part_(part),
         queue_(queue) {
     uint32_t longest = 0;
     for (uint32_t s = 0; s < d_.num_ranks(); ++s) {
@@ -95,8 +100,17 @@ class ReceiveWork {
 
  private:
   __device__ uint32_t num_runs(uint32_t source) const {
+    if (kStaging) return ceil_div(last_row(source) - first_row(source), kStagedRows);
     const uint32_t tokens = d_.tokens_of(source);
     return ceil_div(tokens, run_tokens(tokens));
+  }
+
+  // Rows of the part that `source` has sent.
+  __device__ uint32_t first_row(uint32_t source) const {
+    return part_.first_row(d_.max_tokens(), d_.sent(source, d_.me()));
+  }
+  __device__ uint32_t last_row(uint32_t source) const {
+    return part_.last_row(d_.max_tokens(), d_.sent(source, d_.me()));
   }
 
   // Goes to the next run that has rows for this rank, unless one is waited for already. False if
@@ -107,7 +121,13 @@ class ReceiveWork {
       if (next >= end_) return false;
       run_ = next / others;
       source_ = (d_.me() + 1 + next % others) % d_.num_ranks();
-      if (run_ < num_runs(source_)) {
+      if (kStaging && run_ < num_runs(source_)) {
+        const uint32_t base = d_.first_row(source_, d_.me());
+        const uint32_t row = first_row(source_) + run_ * kStagedRows;
+        first_ = base + row;
+        last_ = base + min(row + kStagedRows, last_row(source_));
+        flag_ = d_.run_flags(d_.me(), source_);  // only says that there is a run
+      } else if (!kStaging && run_ < num_runs(source_)) {
         const int32_t* starts = d_.call.run_starts + source_ * (d_.layout().control.runs + 1);
         first_ = starts[run_];
         last_ = starts[run_ + 1];
@@ -126,10 +146,11 @@ class ReceiveWork {
   }
 
   // The rows of the run may be read: lane 0 has acquired its flag, __syncwarp brings the other
-  // lanes after it, and the fence brings bulk loads after ordinary ones.
+  // lanes after it, and the fence brings bulk loads after ordinary ones. What came before this
+  // kernel needs neither.
   __device__ void open_run() {
     __syncwarp();
-    ptx::fence_proxy_async_global();
+    if (!kStaging) ptx::fence_proxy_async_global();
     flag_ = nullptr;
     queue_.ask();
     shift_ = kStaging ? int32_t(source_ * d_.max_tokens()) - d_.first_row(source_, d_.me()) : 0;
@@ -159,6 +180,7 @@ class ReceiveWork {
   const uint32_t piece_bytes_;
   const uint32_t lane_;
   uint8_t* const slab_;
+  const SegmentPart part_;
   WorkQueue queue_;  // of (run, source) pairs
   uint32_t end_;
   // The run that is waited for; no flag: none.

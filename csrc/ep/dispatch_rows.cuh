@@ -15,9 +15,6 @@ namespace dualpipe {
 
 // What all warps of a CTA know.
 struct Dispatch : Transfer<DispatchArgs, DispatchCall> {
-  __device__ uint32_t max_tokens() const {
-    return static_cast<uint32_t>(layout().shape.max_tokens);
-  }
   __device__ uint32_t tokens_of(uint32_t source) const {
     return call.matrix[num_ranks() * num_ranks() + source];
   }

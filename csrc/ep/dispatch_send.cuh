@@ -15,31 +15,37 @@ struct Outbox {
       shifts;  // [R], shared, of this warp: from the row in token layout to the row in the slab
 };
 
-// Which of a token's destinations a warp serves: other ranks, those by way of the staging slab,
-// this rank itself, or other ranks and this one.
-enum class Way { kPeers, kStaging, kOwn, kEverywhere };
+// Which of a token's destinations a warp serves: other ranks, this rank itself, both, or both with
+// the staging slab in the place of other ranks.
+enum class Way { kPeers, kOwn, kEverywhere, kStaging };
+
+// Tokens of a run that nobody is told of.
+inline constexpr uint32_t kStagedRun = 2;
 
 // Sends the runs of this rank's tokens that a queue hands out.
 template <Payload kPayload, Way kWay>
 class SendWork {
  public:
   __device__ SendWork(const Dispatch& dispatch, const StageNumbers& numbers, uint32_t piece_bytes,
-                      const Outbox& outbox, const WorkQueue& queue, uint32_t staging_slab)
+                      const Outbox& outbox, const WorkQueue& queue, const StagedPart& staged)
       : d_(dispatch),
         numbers_(numbers),
         piece_bytes_(piece_bytes),
         outbox_(outbox),
-        staging_slab_(staging_slab),
+        staging_slab_(staged.staging_slab),
         lane_(threadIdx.x % 32),
-        run_length_(run_tokens(dispatch.call.num_tokens)),
+        run_length_(kWay == Way::kStaging ? kStagedRun : run_tokens(dispatch.call.num_tokens)),
+        begin_(kWay == Way::kStaging ? d_.tokens_for_units(staged.part.first) : 0),
+        end_(kWay == Way::kStaging ? d_.tokens_for_units(staged.part.last)
+                                   : dispatch.call.num_tokens),
         queue_(queue),
-        token_(queue_.take() * run_length_) {
+        token_(begin_ + queue_.take() * run_length_) {
     fetch_numbers();
   }
 
   __device__ bool load(Ring& ring, uint32_t stage) {
-    while (!failed_ && token_ < d_.call.num_tokens && !goes_anywhere()) next_token();
-    if (failed_ || token_ >= d_.call.num_tokens) return false;
+    while (!failed_ && token_ < end_ && !goes_anywhere()) next_token();
+    if (failed_ || token_ >= end_) return false;
 
     uint8_t* extra = ring.extra(stage);
     int32_t* slots = numbers_.rank(extra);
@@ -90,7 +96,8 @@ class SendWork {
   __device__ void store(Ring& ring, uint32_t stage) {
     uint8_t* extra = ring.extra(stage);
     const uint32_t token = numbers_.header(extra)[0], offset = numbers_.header(extra)[1];
-    if (kToSlabs && token / run_length_ != run_) begin_run(token / run_length_);
+    const uint32_t run = (token - begin_) / run_length_;
+    if (kToSlabs && run != run_) begin_run(run);
     if (failed_) return;
     if (steps_of_run_ == kStepsBeforeFlag) announce_previous();
     ++steps_of_run_;
@@ -156,7 +163,7 @@ class SendWork {
  private:
   static constexpr uint32_t kNoRun = ~0u;
   static constexpr bool kToSlabs = kWay != Way::kOwn;
-  static constexpr bool kToOutput = kWay == Way::kOwn || kWay == Way::kEverywhere;
+  static constexpr bool kToOutput = kWay != Way::kPeers;
   static constexpr bool kTells = kWay == Way::kPeers || kWay == Way::kEverywhere;
 
   __device__ bool goes_anywhere() const {
@@ -195,10 +202,10 @@ class SendWork {
   // One token ahead of their use, so that the trip to memory is over by then; nothing here may
   // look at what comes back.
   __device__ void fetch_numbers() {
-    if ((token_ + 1) % run_length_ == 0 && token_ < d_.call.num_tokens) queue_.ask();
+    if ((token_ + 1 - begin_) % run_length_ == 0 && token_ < end_) queue_.ask();
     const uint32_t ranks = d_.num_ranks();
     const int32_t* slots = d_.call.slots + uint64_t(token_) * ranks;
-    const bool valid = token_ < d_.call.num_tokens;
+    const bool valid = token_ < end_;
     slots_[0] = valid && lane_ < ranks ? __ldg(slots + lane_) : -1;
     slots_[1] = valid && lane_ + 32 < ranks ? __ldg(slots + lane_ + 32) : -1;
     if (d_.call.weights == nullptr || !valid || lane_ >= d_.top_k()) return;
@@ -208,7 +215,7 @@ class SendWork {
   __device__ void next_token() {
     offset_ = 0;
     ++token_;
-    if (token_ % run_length_ == 0) token_ = queue_.take() * run_length_;
+    if ((token_ - begin_) % run_length_ == 0) token_ = begin_ + queue_.take() * run_length_;
     fetch_numbers();
   }
 
@@ -306,6 +313,7 @@ class SendWork {
   const uint32_t staging_slab_;
   const uint32_t lane_;
   const uint32_t run_length_;
+  const uint32_t begin_, end_;                     // its tokens
   WorkQueue queue_;                                // of runs
   uint32_t token_;                                 // the next to load, from `offset_` on
   uint32_t offset_ = 0;                            // byte of its row

@@ -133,19 +133,23 @@ __device__ bool wait_for_all(const Router& r, uint32_t epoch, const Watchdog& wa
 }
 
 // 3a. Rows of the tokens of part `part` at each rank: those of lower ranks and of earlier parts
-// come first. `next` is [R] and `in_warp` [kWarps, R], shared.
-__device__ void send_job(const Router& r, uint32_t part, int32_t* next, int32_t* in_warp) {
+// come first. `next` and `first` are [R], `in_warp` [kWarps, R]; all shared.
+__device__ void send_job(const Router& r, uint32_t part, int32_t* next, int32_t* first,
+                         int32_t* in_warp) {
   const uint32_t num_ranks = r.num_ranks();
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < num_ranks) {
     int32_t before = 0;
     for (uint32_t i = 0; i < r.me * kRouteParts + part; ++i) {
+      if (i == r.me * kRouteParts) first[threadIdx.x] = before;
       before += r.sent(i / kRouteParts, i % kRouteParts, threadIdx.x);
     }
+    if (part == 0) first[threadIdx.x] = before;
     next[threadIdx.x] = before;
   }
   const uint32_t size = part_tokens(r.call.num_tokens);
   const uint32_t end = min((part + 1) * size, r.call.num_tokens);
+  const uint32_t unit = unit_rows(static_cast<uint32_t>(r.launch.layout.shape.max_tokens));
   for (uint32_t t0 = part * size; t0 < end; t0 += kThreads) {
     const uint32_t t = t0 + threadIdx.x;
     uint64_t goes_to = 0;
@@ -165,7 +169,12 @@ __device__ void send_job(const Router& r, uint32_t part, int32_t* next, int32_t*
     for (uint32_t to = 0; to < num_ranks; ++to) {
       const uint32_t votes = __ballot_sync(~0u, (goes_to >> to) & 1);
       const int32_t row = in_warp[warp * num_ranks + to] + __popc(votes & lanes_below(lane));
-      if (t < end) r.call.slots[uint64_t{t} * num_ranks + to] = (goes_to >> to) & 1 ? row : -1;
+      const bool goes = (goes_to >> to) & 1;
+      if (t < end) r.call.slots[uint64_t{t} * num_ranks + to] = goes ? row : -1;
+      const uint32_t i = row - first[to];
+      if (goes && r.call.unit_tokens != nullptr && i % unit == 0) {
+        r.call.unit_tokens[i / unit * num_ranks + to] = t;
+      }
     }
     __syncthreads();
   }
@@ -411,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (job == 0) {
       summary_job(r, arriving);
     } else if (job <= kRouteParts) {
-      send_job(r, job - 1, shared, shared + num_ranks);
+      send_job(r, job - 1, shared, shared + num_ranks, shared + 2 * num_ranks);
     } else {
       const uint32_t i = job - 1 - kRouteParts;
       receive_job(r, i / kRouteParts, i % kRouteParts, scratch);
@@ -425,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
   const auto& shape = args.launch.layout.shape;
   const uint64_t receive = (1 + kWarps) * (shape.num_experts / shape.num_ranks);
-  const uint64_t send = (1 + kWarps) * shape.num_ranks;
+  const uint64_t send = (2 + kWarps) * shape.num_ranks;
   const uint64_t push = args.launch.layout.count_pitch;
   const uint64_t words =
       receive > send ? (receive > push ? receive : push) : (send > push ? send : push);

@@ -42,6 +42,9 @@ struct RouteCall {
   int16_t* ids;     // [T, id_pitch]              expert ids, -1 where dropped
   int32_t* matrix;  // [R + 1, R]                 tokens that rank s sends to rank d; last, T of s
   int32_t* run_starts;  // [R, max_runs + 1]          first row of each run that arrives here
+  int32_t*
+      unit_tokens;      // [kSegmentUnits, R] or null: token with the first row of each unit of what
+                        //                            this rank sends; unset where there is none
   int64_t* topk_local;  // [num_rows, K] or null      local expert ids of the rows that arrive
   int32_t* positions;   // [R * T, K rounded up to 4] or null: rows of the expert layout
   int64_t* counts;      // [G]                        rows of each local expert

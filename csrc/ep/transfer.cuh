@@ -29,6 +29,9 @@ struct Transfer {
   __device__ uint32_t per_rank() const {
     return static_cast<uint32_t>(layout().shape.num_experts) / num_ranks();
   }
+  __device__ uint32_t max_tokens() const {
+    return static_cast<uint32_t>(layout().shape.max_tokens);
+  }
   // Tokens that rank `source` sends to rank `to`.
   __device__ int32_t sent(uint32_t source, uint32_t to) const {
     return call.matrix[source * num_ranks() + to];
@@ -38,6 +41,31 @@ struct Transfer {
     int32_t row = 0;
     for (uint32_t s = 0; s < source; ++s) row += sent(s, to);
     return row;
+  }
+  // Tokens that have, between them, all rows before unit `unit` of all that this rank sends: those
+  // before the one that is returned. One warp, all lanes alike.
+  __device__ uint32_t tokens_for_units(uint32_t unit) const {
+    if (unit == kSegmentUnits) return call.num_tokens;
+    uint32_t end = 0;
+    for (uint32_t to = threadIdx.x % 32; unit != 0 && to < num_ranks(); to += 32) {
+      if (to != me() && sent(me(), to) != 0) end = max(end, token_of_unit(unit, to));
+    }
+    return __reduce_max_sync(~0u, end);
+  }
+  // Tokens that have no other rows than those before unit `unit`: those before the one that is
+  // returned. One warp, all lanes alike.
+  __device__ uint32_t tokens_of_units(uint32_t unit) const {
+    if (unit == 0) return 0;
+    uint32_t end = call.num_tokens;
+    for (uint32_t to = threadIdx.x % 32; to < num_ranks(); to += 32) {
+      if (to != me()) end = min(end, token_of_unit(unit, to));
+    }
+    return __reduce_min_sync(~0u, end);
+  }
+  // The token at which that unit of what this rank sends to `to` begins.
+  __device__ uint32_t token_of_unit(uint32_t unit, uint32_t to) const {
+    return unit_token(unit, max_tokens(), sent(me(), to), call.unit_tokens + to, num_ranks(),
+                      call.num_tokens);
   }
   __device__ uint8_t* slab(uint32_t rank, uint32_t index) const {
     return launch().peers.base[rank] + layout().slab_offset(index);
@@ -68,6 +96,17 @@ struct Transfer {
     }
   }
 
+  // For the copy engines: waits for the leave of all peers, for they write to all, whatever these
+  // are sent; then sets what the copies' flags take along. Without all permits they must not vouch
+  // for the copies. One warp.
+  __device__ void open_copies(Phase phase) const {
+    const bool open =
+        wait_for_permits(phase, [](uint32_t) { return true; }, [](uint32_t, uint32_t) {});
+    if (open && threadIdx.x % 32 < kSegmentUnits) {
+      watchdog.state->copy_epochs[threadIdx.x % 32] = epoch;
+    }
+  }
+
   // Waits for the leave of every peer that `writes_to` names, then calls `opened` with the peer and
   // the slab it offers. Lane l does so for peers l and l + 32. One warp; false if the rank has
   // failed.
@@ -87,13 +126,13 @@ struct Transfer {
 
 // Enqueues a kernel on the CTAs of all ranks of the launch, with that much shared memory.
 template <class Kernel, class Args>
-cudaError_t launch_transfer(Kernel kernel, const Args& args, uint32_t staging_slab,
+cudaError_t launch_transfer(Kernel kernel, const Args& args, const StagedPart& staged,
                             uint32_t shared_bytes, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   if (status != cudaSuccess) return status;
   kernel<<<args.launch.num_local * args.launch.ctas, args.tuning.threads(), shared_bytes, stream>>>(
-      args, staging_slab);
+      args, staged);
   return cudaGetLastError();
 }
 

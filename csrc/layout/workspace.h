@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "layout/carver.h"
+#include "layout/segment.h"
 
 namespace dualpipe {
 
@@ -36,9 +37,11 @@ struct alignas(kRegionAlignment) ControlState {
   uint32_t barrier_epoch;   // barriers entered, modulo 2^32
   uint32_t route_epoch;     // routes finished
   uint32_t transfer_epoch;  // dispatches and combines finished
-  uint32_t copy_epoch;      // of the transfer that the copy engines carry
   uint32_t ticket;          // CTAs of the running kernel that have finished
   uint32_t taken[3];        // pieces of work that warps have taken, of each Queue
+  // Of the transfer that the copy engines carry; as many as a transfer has parts at most, so that
+  // one copy can tell of several.
+  uint32_t copy_epochs[kSegmentUnits];
 };
 
 // The roles whose warps share their work; see WorkQueue.
@@ -91,8 +94,9 @@ struct ControlLayout {
   Region<FlagLine> barrier_flags;  // [R], one per peer
   Region<PermitLine> permits;      // [R], from each peer
   Region<uint32_t> route_flags;    // [R, P]
-  Region<uint32_t> run_flags;  // [R, max_runs], runs (dispatch) or chunks (combine) of each peer
-  uint64_t runs = 0;           // max_runs
+  // [R, max_runs], runs (dispatch) or chunks (combine) of each peer, or parts (copy engines)
+  Region<uint32_t> run_flags;
+  uint64_t runs = 0;  // max_runs
   uint64_t bytes = 0;
 };
 

@@ -1,18 +1,16 @@
 """The transport of the copy engines: no SM moves a row across the link.
 
-Kernels pack rows into a staging slab in the layout of their destinations, copies carry whole
-segments, kernels unpack or sum what has come. csrc/ep/copy_engine.cu describes the protocol.
+Kernels pack rows into a staging slab in the layout of their destinations, copies carry segments,
+part by part, kernels unpack or sum what has come. csrc/ep/copy_engine.cu describes the protocol and
+launches it all in one call.
 
 Shapes: T tokens of this rank, H hidden, R ranks, K top-k, N rows in token layout, M expert rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from dualpipe_ext.ep import kernel_calls, tuning
@@ -26,19 +24,6 @@ from dualpipe_ext.ep.transport import Capabilities, Rows, TransportConfig
 _ARRIVALS, _STAGING = 0, 1  # slabs
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """``rows`` runs of ``num_bytes`` from one pitch to another."""
-
-    peer: int
-    to: int
-    to_pitch: int
-    source: int
-    source_pitch: int
-    num_bytes: int
-    rows: int
-
-
 class CopyEngineTransport(PeerTransport):
     """See the module."""
 
@@ -47,12 +32,20 @@ class CopyEngineTransport(PeerTransport):
         dtypes=ROW_DTYPES, syncs_host=False, zero_copy=False
     )
     transit_slabs = 2
-    # What packs 59 MB in about 40 us; more brings little.
+    moves_parts = True
+    # In token layout; kernels of the expert layout, which write several times as much, get twice
+    # as many. SMs move some 45 GB/s each, so more of them take less time, not more SM time.
     default_num_sms = 16
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
-        self._copy_streams: dict[int, torch.cuda.Stream] = {}
+        self._expert_sms = self.num_sms
+        if not config.num_sms:
+            self._expert_sms = self.within_gpu(2 * self.default_num_sms)
+        self._lanes = self.core.CopyLanes(config.num_ranks)
+        self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
+        self.part_ends: tuple[int, ...] | None = None
+        """Test hook: parts in which segments travel, whatever their size. Before the first call."""
 
     def dispatch(
         self,
@@ -66,30 +59,18 @@ class CopyEngineTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.dispatch_input(x, topk_weights, fp8, pow2_scales)
         output = kernel_calls.dispatch_output(self, source, handle)
-        sizes = kernel_calls.dispatch_sizes(source)
 
-        def act(items: list[tuple[Any, Any, list[_Copy]]]) -> None:
-            calls = [call for call, _, _ in items]
-
-            def launch(part: str, shape: tuning.Tuning) -> None:
-                plan = self.core.DispatchPlan(
-                    part=part,
-                    **sizes,
-                    tuning=shape.as_core(self.core),
-                    staging_slab=_STAGING,
-                    ctas=self.num_sms,
-                )
-                self.core.dispatch(self.comm, calls, plan, current_stream())
-
-            launch("pack", tuning.for_pack(source, self.num_sms, self.config))
-            self._copy(items)
-            launch("own", tuning.for_own_rows(source, self.config))
-            self._await([call for _, call, _ in items], combine=False)
-            launch("unpack", tuning.for_unpack(source, self.config))
+        def act(items: list[tuple[Any, Any]]) -> None:
+            calls, copies = zip(*items, strict=True)
+            how = self._dispatch_shape(source, handle)
+            self.core.carry_dispatch(self.comm, calls, self._lanes, copies, *how, current_stream())
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
-        copies = self._copies(source, handle)
-        self.together((call, self._arrivals_call(), copies), act, lambda: (handle.layout, sizes))
+        sends, receives = self._rows_known(handle)
+        copies = self.core.CopyCall(sends=sends, receives=receives)
+        self.together(
+            (call, copies), act, lambda: (handle.layout, kernel_calls.dispatch_sizes(source))
+        )
         return output.as_rows()
 
     def combine(
@@ -104,112 +85,33 @@ class CopyEngineTransport(PeerTransport):
         assert isinstance(handle, PeerHandle)
         source = self.combine_input(rows, weights, bias, row_weights)
         output = kernel_calls.combine_output(self, source, handle)
-        sizes = kernel_calls.combine_sizes(source, handle)
         direct = self._can_copy_rows(source, handle)
 
-        def act(items: list[tuple[Any, Any, list[_Copy], bool]]) -> None:
-            calls = [call for call, *_ in items]
-
-            def launch(part: str, shape: tuning.Tuning, ctas: int) -> None:
-                plan = self.core.CombinePlan(
-                    part=part,
-                    **sizes,
-                    weighted=any(weighted for *_, weighted in items),
-                    tuning=shape.as_core(self.core),
-                    staging_slab=_STAGING,
-                    ctas=ctas,
-                )
-                self.core.combine(self.comm, calls, plan, current_stream())
-
-            if direct:
-                launch("pack", tuning.PERMITS_ONLY, 1)
-            else:
-                launch(
-                    "pack",
-                    tuning.for_combine_pack(source, handle, self.num_sms, self.config),
-                    self.num_sms,
-                )
-            self._copy([item[:3] for item in items])
-            self._await([item[1] for item in items], combine=True)
-            launch("reduce", tuning.REDUCE, self.num_sms)
+        def act(items: list[tuple[Any, Any, bool]]) -> None:
+            calls, copies, weighted = zip(*items, strict=True)
+            how = self._combine_shape(source, handle, direct, any(weighted))
+            self.core.carry_combine(
+                self.comm, calls, self._lanes, copies, *how, direct, current_stream()
+            )
 
         call = kernel_calls.combine_call(self, source, handle, output)
-        copies = self._return_copies(source, handle, direct)
-        item = (call, self._arrivals_call(), copies, weights is not None)
-        self.together(item, act, lambda: (direct, sizes))
+        # Rows go back to where they came from.
+        receives, sends = self._rows_known(handle)
+        copies = self.core.CopyCall(sends=sends, receives=receives)
+        self.together(
+            (call, copies, weights is not None),
+            act,
+            lambda: (direct, kernel_calls.combine_sizes(source, handle)),
+        )
         return output.y, output.token_weights
 
-    # --- copies --------------------------------------------------------------------------------
-
-    def _copy(self, items: Sequence[tuple[Any, Any, list[_Copy]]]) -> None:
-        """Start the copies of all ranks after what is on the current stream."""
-        packed = torch.cuda.current_stream().record_event()
-        for peer in {one.peer for _, _, copies in items for one in copies}:
-            self._copy_stream(peer).wait_event(packed)
-        for _, _, copies in items:
-            for one in copies:
-                self.core.copy(
-                    to=one.to,
-                    to_pitch=one.to_pitch,
-                    source=one.source,
-                    source_pitch=one.source_pitch,
-                    bytes=one.num_bytes,
-                    rows=one.rows,
-                    stream=self._copy_stream(one.peer).cuda_stream,
-                )
-
-    def _await(self, calls: list[Any], *, combine: bool) -> None:
-        """Order the current stream after these copies and after those of the other ranks."""
-        here = torch.cuda.current_stream()
-        for stream in self._copy_streams.values():
-            here.wait_stream(stream)
-        self.core.arrivals(self.comm, calls, combine=combine, stream=here.cuda_stream)
-
-    def _copy_stream(self, peer: int) -> torch.cuda.Stream:
-        if peer not in self._copy_streams:
-            self._copy_streams[peer] = torch.cuda.Stream()
-        return self._copy_streams[peer]
-
-    def _arrivals_call(self) -> Any:
-        return self.core.ArrivalsCall(rank=self.config.rank)
-
-    def _copies(self, source: kernel_calls.DispatchInput, handle: PeerHandle) -> list[_Copy]:
-        """Staging segments to the peers' slabs, then a flag to each peer."""
+    def _rows_known(self, handle: PeerHandle) -> tuple[list[int], list[int]]:
+        """Rows of a dispatch to each rank, and from each; full segments if the host knows none."""
+        if handle.sent is None:
+            full = [self.config.max_tokens] * self.config.num_ranks
+            return full, full
         rank = self.config.rank
-        copies = []
-        for peer in self._peers():
-            count = self.config.max_tokens if handle.sent is None else handle.sent[rank][peer]
-            arrays = [("rows", -(-source.out_bytes // 128) * 128)]
-            if source.num_scales:
-                arrays.append(("scales", self._layout.scale_pitch))
-            if source.weights is not None:
-                arrays.append(("weights", self._layout.weight_pitch))
-            copies += [self._segment(peer, *array, count) for array in arrays]
-            copies.append(self._flag(peer))
-        return copies
-
-    def _return_copies(
-        self, source: kernel_calls.CombineInput, handle: PeerHandle, direct: bool
-    ) -> list[_Copy]:
-        """The same for a combine; or straight from the rows, where the host knows their places."""
-        rank, sent = self.config.rank, handle.sent
-        copies = []
-        for peer in self._peers():
-            count = self.config.max_tokens if sent is None else sent[peer][rank]
-            arrays = [("rows", -(-source.row_bytes // 128) * 128, source.rows, source.row_bytes)]
-            if source.row_weights is not None:
-                pitch, numbers = self._layout.weight_pitch, source.row_weights
-                arrays.append(("weights", pitch, numbers, pitch))
-            for region, pitch, tensor, row_bytes in arrays:
-                one = self._segment(peer, region, pitch, count)
-                if direct:
-                    assert sent is not None
-                    first = sum(sent[s][rank] for s in range(peer))
-                    address = tensor.data_ptr() + first * row_bytes
-                    one = _Copy(peer, one.to, pitch, address, row_bytes, row_bytes, count)
-                copies.append(one)
-            copies.append(self._flag(peer))
-        return copies
+        return handle.sent[rank], [sent[rank] for sent in handle.sent]
 
     def _can_copy_rows(self, source: kernel_calls.CombineInput, handle: PeerHandle) -> bool:
         """Rows of one source rank are consecutive in token layout: nothing needs packing."""
@@ -220,22 +122,60 @@ class CopyEngineTransport(PeerTransport):
         )
         return handle.layout == "token" and handle.sent is not None and dense
 
-    def _peers(self) -> list[int]:
-        rank, num_ranks = self.config.rank, self.config.num_ranks
-        return [(rank + i) % num_ranks for i in range(1, num_ranks)]
+    # --- what calls of a kind have in common, made once: parts, and the plan of what packs ------
 
-    def _segment(self, peer: int, region: str, pitch: int, rows: int) -> _Copy:
-        """The staging segment of a peer to this rank's segment at the peer."""
-        offset, _ = self._regions[region]
-        tokens = max(self.config.max_tokens, 1)
-        to = self.addresses[peer] + offset + self.config.rank * tokens * pitch
-        source = self.addresses[self.config.rank] + offset + peer * tokens * pitch
-        source += _STAGING * self._layout.slab_bytes
-        return _Copy(peer, to, pitch, source, pitch, pitch, rows)
+    def _dispatch_shape(
+        self, source: kernel_calls.DispatchInput, handle: PeerHandle
+    ) -> tuple[Any, Any]:
+        numbers = None if source.weights is None else source.weights.dtype
+        key = (source.payload, source.rows.dtype, numbers, handle.layout)
+        if key not in self._shapes:
+            ctas = self._sms(handle)
+            pack = tuning.for_pack(source, ctas, self.config)
+            take = tuning.for_unpack(source, self.config)
+            plan = self.core.DispatchPlan(
+                **kernel_calls.dispatch_sizes(source), tuning=pack.as_core(self.core), ctas=ctas
+            )
+            self._shapes[key] = (self._shape(source.out_bytes, pack, ctas, take, ctas), plan)
+        return self._shapes[key]
 
-    def _flag(self, peer: int) -> _Copy:
-        offset, _ = self._regions["run_flags"]
-        to = self.addresses[peer] + offset + self.config.rank * self._layout.max_runs * 4
-        state, _ = self._regions["state"]
-        source = self.addresses[self.config.rank] + state + self.core.COPY_EPOCH_OFFSET
-        return _Copy(peer, to, 4, source, 4, 4, 1)
+    def _combine_shape(
+        self, source: kernel_calls.CombineInput, handle: PeerHandle, direct: bool, weighted: bool
+    ) -> tuple[Any, Any]:
+        numbers = None if source.row_weights is None else source.row_weights.dtype
+        key = (source.rows.dtype, numbers, handle.layout, direct, weighted)
+        if key not in self._shapes:
+            ctas = self._sms(handle)
+            pack, pack_ctas = tuning.PERMITS_ONLY, 1
+            if not direct:
+                pack, pack_ctas = tuning.for_combine_pack(source, handle, ctas, self.config), ctas
+            plan = self.core.CombinePlan(
+                **kernel_calls.combine_sizes(source, handle),
+                weighted=weighted,
+                tuning=pack.as_core(self.core),
+                ctas=pack_ctas,
+            )
+            take = tuning.for_reduce(handle)
+            shape = self._shape(source.row_bytes, pack, pack_ctas, take, ctas)
+            self._shapes[key] = (shape, plan)
+        return self._shapes[key]
+
+    def _sms(self, handle: PeerHandle) -> int:
+        return self._expert_sms if handle.layout == "expert" else self.num_sms
+
+    def _shape(
+        self,
+        row_bytes: int,
+        pack: tuning.Tuning,
+        pack_ctas: int,
+        take: tuning.Tuning,
+        take_ctas: int,
+    ) -> Any:
+        return self.core.CopyShape(
+            ends=tuning.segment_parts(row_bytes, self.config, self.part_ends),
+            staging_slab=_STAGING,
+            pack=pack.as_core(self.core),
+            pack_ctas=pack_ctas,
+            take=take.as_core(self.core),
+            take_ctas=take_ctas,
+        )

@@ -98,10 +98,8 @@ class NVLinkTransport(PeerTransport):
         if plan is None:
             tuned = tuning.for_dispatch(source, handle, in_slab, self.num_sms, self.config)
             plan = self._plans[key] = self.core.DispatchPlan(
-                part="all",
                 **kernel_calls.dispatch_sizes(source),
                 tuning=tuned.as_core(self.core),
-                staging_slab=0,
                 ctas=self.num_sms,
             )
         return plan
@@ -115,11 +113,9 @@ class NVLinkTransport(PeerTransport):
         if plan is None:
             tuned = tuning.for_combine(source, handle, self.num_sms, self.config)
             plan = self._plans[key] = self.core.CombinePlan(
-                part="all",
                 **kernel_calls.combine_sizes(source, handle),
                 weighted=weighted,
                 tuning=tuned.as_core(self.core),
-                staging_slab=0,
                 ctas=self.num_sms,
             )
         return plan

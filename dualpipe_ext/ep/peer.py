@@ -45,6 +45,8 @@ class PeerTransport(Transport):
     capabilities = Capabilities(dtypes=ROW_DTYPES, syncs_host=False, zero_copy=True)
     # Slabs beyond those of zero-copy outputs.
     transit_slabs = _TRANSIT_SLABS
+    # Whether rows travel in parts of a segment (csrc/layout/segment.h).
+    moves_parts = False
     # SMs of a kernel if the user names none.
     default_num_sms = 24
 
@@ -82,11 +84,7 @@ class PeerTransport(Transport):
         free = FreeSlabs(kept, lambda: c.capture_id(current_stream()))
         self._slabs = SlabPool(c, self._memory.own, self._layout, free)
         self._device = self._memory.own.device
-        self.num_sms = config.num_sms or self.default_num_sms
-        # CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
-        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        launches_for = config.num_ranks if config.local is not None else 1
-        self.num_sms = min(self.num_sms, sms // launches_for)
+        self.num_sms = self.within_gpu(config.num_sms or self.default_num_sms)
         self._last_stream: torch.cuda.Stream | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""
@@ -101,6 +99,15 @@ class PeerTransport(Transport):
     @property
     def memory_bytes(self) -> int:
         return self._layout.bytes
+
+    def within_gpu(self, num_sms: int) -> int:
+        """That many SMs, or as many as every rank of a launch can have.
+
+        CTAs wait for each other across ranks: all must run at once, those of virtual ranks too.
+        """
+        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        launches_for = self.config.num_ranks if self.config.local is not None else 1
+        return min(num_sms, sms // launches_for)
 
     def holds(self, tensor: Tensor) -> bool:
         first = self._memory.own.data_ptr()
@@ -315,7 +322,8 @@ class PeerTransport(Transport):
         config, layout, num_tokens = self.config, self._layout, topk_idx.shape[0]
         expert = options.layout == "expert"
         kind = self.core.HandleArrays
-        memory = topk_idx.new_empty(kind.bytes(layout, num_tokens, expert) // 8)
+        num_bytes = kind.bytes(layout, num_tokens, expert, self.moves_parts)
+        memory = topk_idx.new_empty(num_bytes // 8)
         counts = topk_idx.new_empty(config.num_local_experts)
         topk_local = offsets = None
         if expert:
@@ -330,6 +338,7 @@ class PeerTransport(Transport):
             config.rank,
             num_tokens,
             expert,
+            self.moves_parts,
             memory.data_ptr(),
             address(topk_local),
             counts.data_ptr(),

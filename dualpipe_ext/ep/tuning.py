@@ -36,6 +36,12 @@ _MOST_WARPS = 16
 _MOST_STAGES = 8
 # Bytes of a piece in a stage.
 _PIECE = 7168
+# Of the copy-engine path. Units of a segment (csrc/layout/segment.h) in which its parts end, by
+# bytes of a segment, at least. A part costs two kernels, 3 to 5 us each, and two or three copies,
+# 2.5 us each whatever they carry. The first is the smallest: the link stands idle until it is
+# packed.
+_PARTS = ((32 * 2**20, (2, 5, 8)), (12 * 2**20, (4, 8)), (0, (8,)))
+SEGMENT_UNITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +146,11 @@ def for_combine(
 
 
 def for_pack(source: DispatchInput, num_sms: int, config: TransportConfig) -> Tuning:
-    """The copy-engine path: rows of peers into the staging slab."""
+    """The copy-engine path: rows of peers into the staging slab, and own rows to their place."""
     stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     warps = _fitting(_MOST_WARPS if _quantises(source) else 8, stage, _room(config))
     stages = _stages(_room(config), warps, stage)
     return Tuning(num_sms, warps, stages, send_piece=_send_piece(source))
-
-
-def for_own_rows(source: DispatchInput, config: TransportConfig) -> Tuning:
-    """The copy-engine path: rows that stay on the rank."""
-    stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
-    warps = _fitting(_MOST_WARPS if _quantises(source) else 8, stage, _room(config))
-    stages = _stages(_room(config), warps, stage)
-    return Tuning(0, own_warps=warps, own_stages=stages, send_piece=_send_piece(source))
 
 
 def for_unpack(source: DispatchInput, config: TransportConfig) -> Tuning:
@@ -171,8 +169,26 @@ def for_combine_pack(
     return Tuning(num_sms, 8, stages)
 
 
-# The copy-engine path: all SMs sum; and a launch that only gives leave and waits for it.
-REDUCE = Tuning(0, receive_warps=16)
+def segment_parts(
+    row_bytes: int, config: TransportConfig, wanted: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Where the parts of a segment end, in units; from sizes that all ranks share.
+
+    A part that would hold no row of a full segment is left out: a flag each is all there is room
+    for in small buffers.
+    """
+    max_tokens = max(config.max_tokens, 1)
+    ends = wanted or next(ends for least, ends in _PARTS if max_tokens * row_bytes >= least)
+    unit = -(-max_tokens // SEGMENT_UNITS)
+    return (*(end for end in ends if end * unit < max_tokens), SEGMENT_UNITS)
+
+
+def for_reduce(handle: Handle) -> Tuning:
+    """The copy-engine path: all SMs sum, with as many warps as the kernel is compiled for."""
+    return Tuning(0, receive_warps=16 if handle.layout == "expert" else 20)
+
+
+# The copy-engine path: a launch that only gives leave and waits for it.
 PERMITS_ONLY = Tuning(0, receive_warps=1)
 
 

@@ -84,6 +84,7 @@ py::dict describe_route(const Launch& launch) {
   d["ids"] = number(c.ids);
   d["matrix"] = number(c.matrix);
   d["run_starts"] = number(c.run_starts);
+  d["unit_tokens"] = number(c.unit_tokens);
   d["topk_local"] = number(c.topk_local);
   d["positions"] = number(c.positions);
   d["counts"] = number(c.counts);
@@ -116,6 +117,7 @@ py::dict describe_dispatch(const Launch& launch) {
   d["ids"] = number(c.ids);
   d["matrix"] = number(c.matrix);
   d["run_starts"] = number(c.run_starts);
+  d["unit_tokens"] = number(c.unit_tokens);
   d["topk_local"] = number(c.topk_local);
   d["positions"] = number(c.positions);
   d["counts"] = number(c.counts);
@@ -151,6 +153,7 @@ py::dict describe_combine(const Launch& launch) {
   d["slots"] = number(c.slots);
   d["ids"] = number(c.ids);
   d["matrix"] = number(c.matrix);
+  d["unit_tokens"] = number(c.unit_tokens);
   d["positions"] = number(c.positions);
   d["y"] = number(c.y);
   d["token_weights"] = number(c.token_weights);
@@ -178,7 +181,12 @@ namespace dualpipe {
 
 cudaError_t launch_barrier(const BarrierArgs&, cudaStream_t) { return cudaSuccess; }
 cudaError_t launch_planner(const PlannerArgs&, cudaStream_t) { return cudaSuccess; }
-cudaError_t launch_arrivals(const ArrivalsArgs&, cudaStream_t) { return cudaSuccess; }
+
+CopyLanes::~CopyLanes() = default;
+cudaError_t CopyLanes::open(uint32_t num_ranks) {
+  lanes_.resize(num_ranks);
+  return cudaSuccess;
+}
 
 cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
   const auto num_ranks = static_cast<uint32_t>(args.launch.layout.shape.num_ranks);
@@ -196,23 +204,16 @@ cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
   return noted("dispatch", args, stream);
 }
-cudaError_t launch_dispatch_pack(const DispatchArgs& args, uint32_t, cudaStream_t stream) {
-  return noted("dispatch pack", args, stream);
-}
-cudaError_t launch_dispatch_own(const DispatchArgs& args, cudaStream_t stream) {
-  return noted("dispatch own", args, stream);
-}
-cudaError_t launch_dispatch_unpack(const DispatchArgs& args, cudaStream_t stream) {
-  return noted("dispatch unpack", args, stream);
+cudaError_t carry_dispatch(const CopyLanes&, DispatchArgs args, const std::vector<CopyCall>&,
+                           const CopyShape&, cudaStream_t stream) {
+  return noted("dispatch", args, stream);
 }
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
   return noted("combine", args, stream);
 }
-cudaError_t launch_combine_pack(const CombineArgs& args, uint32_t, cudaStream_t stream) {
-  return noted("combine pack", args, stream);
-}
-cudaError_t launch_combine_reduce(const CombineArgs& args, cudaStream_t stream) {
-  return noted("combine reduce", args, stream);
+cudaError_t carry_combine(const CopyLanes&, CombineArgs args, const std::vector<CopyCall>&,
+                          const CopyShape&, bool, cudaStream_t stream) {
+  return noted("combine", args, stream);
 }
 
 AddressRange address_range(uint64_t) { return {}; }
@@ -238,11 +239,4 @@ cudaError_t cudaFreeHost(void* memory) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "no CUDA here"; }
-cudaError_t cudaMemcpyAsync(void*, const void*, size_t, cudaMemcpyKind, cudaStream_t) {
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpy2DAsync(void*, size_t, const void*, size_t, size_t, size_t, cudaMemcpyKind,
-                              cudaStream_t) {
-  return cudaSuccess;
-}
 }

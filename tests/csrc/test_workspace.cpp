@@ -98,15 +98,17 @@ void runs_and_parts_cover_all_tokens() {
 void arrays_of_a_handle_follow_each_other() {
   for (const uint64_t tokens : {uint64_t{0}, uint64_t{13}, uint64_t{4096}}) {
     for (const bool expert : {false, true}) {
-      const HandleLayout handle = make_handle_layout(kLayout, tokens, expert);
+      const HandleLayout handle = make_handle_layout(kLayout, tokens, expert, expert);
       CHECK(handle.slots.count == tokens * 8);
       CHECK(handle.ids.count == tokens * kLayout.id_pitch);
       CHECK(handle.matrix.count == 9 * 8);
       CHECK(handle.run_starts.count == 8 * (kLayout.control.runs + 1));
+      CHECK(handle.unit_tokens.count == (expert ? kSegmentUnits * 8 : 0));
       CHECK(handle.positions.count == (expert ? 8 * 4096 * 8 : 0));
       uint64_t end = 0;
-      for (const Span& region : {span(0, handle.slots), span(0, handle.ids), span(0, handle.matrix),
-                                 span(0, handle.run_starts), span(0, handle.positions)}) {
+      for (const Span& region :
+           {span(0, handle.slots), span(0, handle.ids), span(0, handle.matrix),
+            span(0, handle.run_starts), span(0, handle.unit_tokens), span(0, handle.positions)}) {
         if (region.begin == region.end) continue;
         CHECK(region.begin % kRegionAlignment == 0);
         CHECK(region.begin >= end);
@@ -116,7 +118,7 @@ void arrays_of_a_handle_follow_each_other() {
       CHECK(handle.bytes % kRegionAlignment == 0);
     }
   }
-  CHECK(make_handle_layout(kLayout, UINT64_MAX / 2, false).bytes == 0);
+  CHECK(make_handle_layout(kLayout, UINT64_MAX / 2, false, false).bytes == 0);
 }
 
 void shapes_beyond_63_bits_have_no_layout() {

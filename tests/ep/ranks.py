@@ -14,7 +14,7 @@ import gc
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -49,21 +49,36 @@ class Ranks:
         rank: int,
         num_ranks: int,
         member: LocalRank | None = None,
+        part_ends: tuple[int, ...] | None = None,
     ) -> None:
         self.transport = transport
         self.device = device
         self.rank = rank
         self.num_ranks = num_ranks
         self.member = member
+        self.part_ends = part_ends
         self._num_gathers = 0
 
     @classmethod
-    def of_processes(cls, transport: str, device: str) -> Ranks:
-        return cls(transport, device, dist.get_rank(), dist.get_world_size())
+    def of_processes(cls, environment: Environment) -> Ranks:
+        return cls(
+            environment.transport,
+            environment.device,
+            dist.get_rank(),
+            dist.get_world_size(),
+            part_ends=environment.part_ends,
+        )
 
     @classmethod
-    def of_threads(cls, member: LocalRank, transport: str, device: str) -> Ranks:
-        return cls(transport, device, member.rank, member.num_ranks, member)
+    def of_threads(cls, member: LocalRank, environment: Environment) -> Ranks:
+        return cls(
+            environment.transport,
+            environment.device,
+            member.rank,
+            member.num_ranks,
+            member,
+            environment.part_ends,
+        )
 
     @property
     def virtual(self) -> bool:
@@ -84,7 +99,10 @@ class Ranks:
             "timeout_s": TIMEOUT_S,
             "local": self.member,
         }
-        return Buffer(transport=self.transport, **{**settings, **options})
+        buffer = Buffer(transport=self.transport, **{**settings, **options})
+        if self.part_ends is not None:
+            buffer._transport.part_ends = self.part_ends
+        return buffer
 
     def inputs(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's x, topk_idx and topk_weights, on its device."""
@@ -182,6 +200,8 @@ class Environment:
     device: str
     backend: str | None
     """torch.distributed backend of the processes; None for virtual ranks."""
+    part_ends: tuple[int, ...] | None = None
+    """Copy engines: parts that even the smallest segments travel in."""
 
     @property
     def virtual(self) -> bool:
@@ -206,14 +226,14 @@ class Environment:
 
 
 def _in_process(environment: Environment, checks: Sequence[Callable[[Ranks], Any]]) -> list[Any]:
-    ranks = Ranks.of_processes(environment.transport, environment.device)
+    ranks = Ranks.of_processes(environment)
     return [check(ranks) for check in checks]
 
 
 def _in_thread(
     member: LocalRank, environment: Environment, checks: Sequence[Callable[[Ranks], Any]]
 ) -> list[Any]:
-    ranks = Ranks.of_threads(member, environment.transport, environment.device)
+    ranks = Ranks.of_threads(member, environment)
     return [check(ranks) for check in checks]
 
 
@@ -225,3 +245,6 @@ NVLINK = Environment("nvlink", "cuda", "cpu:gloo,cuda:nccl")
 COPY_ENGINE = Environment("copy_engine", "cuda", "cpu:gloo,cuda:nccl")
 NVLINK_VIRTUAL = Environment("nvlink", "cuda", None)
 COPY_ENGINE_VIRTUAL = Environment("copy_engine", "cuda", None)
+# What only large segments do otherwise: as many parts as there can be.
+COPY_ENGINE_PARTS = replace(COPY_ENGINE, part_ends=(1, 2, 3, 4, 5, 6, 7, 8))
+COPY_ENGINE_PARTS_VIRTUAL = replace(COPY_ENGINE_VIRTUAL, part_ends=(1, 2, 3, 4, 5, 6, 7, 8))

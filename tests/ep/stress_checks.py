@@ -53,6 +53,31 @@ def many_calls(ranks: Ranks, num_calls: int = 200) -> None:
                 expect_same_tensor(y, want_y[rank], f"{what} combine")
 
 
+def calls_in_a_row_with_delays(ranks: Ranks) -> None:
+    """Nobody waits on the host; a rank is late with what it sends, or with what it takes in."""
+    factors = (1, 2, 4, 8)  # exact, sums too
+    case = make_case("uneven", ranks.num_ranks, tokens=60)
+    buffer = ranks.make_buffer(case)
+    x, idx, weights = ranks.inputs(case)
+    lates = [(rank, delays) for rank in (0, ranks.num_ranks - 1) for delays in ((300, 0), (0, 300))]
+    for how in LAYOUTS:
+        recv, handle = buffer.dispatch(x, idx, weights, **how)
+        want = received(ranks, case, **how)
+        expect_equal(recv, want[ranks.rank], f"{how}")
+        want_y = combined(ranks, case, [r.tokens for r in want], **how)[ranks.rank]
+        for late, delays in lates:
+            ranks.delay(buffer, *(delays if ranks.rank == late else (0, 0)))
+            results = []
+            for factor in factors:
+                again, _ = buffer.dispatch(factor * x, handle=handle)
+                results.append((again.tokens, buffer.combine(again.tokens, handle)[0]))
+            for factor, (tokens, y) in zip(factors, results, strict=True):
+                what = f"{how} rank {late} late by {delays} us, times {factor}"
+                expect_same_tensor(tokens, factor * recv.tokens, what)
+                expect_same_tensor(y, factor * want_y, f"{what}: combine")
+        ranks.delay(buffer, 0)
+
+
 @dataclass(frozen=True)
 class Size:
     """One awkward size; ``name`` says what is awkward about it."""

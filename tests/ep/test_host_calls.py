@@ -40,9 +40,9 @@ def buffer(launches: ModuleType) -> Buffer:
         return make_buffer()
 
 
-def make_buffer(**options: Any) -> Buffer:
+def make_buffer(transport: str = "nvlink", **options: Any) -> Buffer:
     sizes = {"hidden": H, "num_experts": E, "top_k": K, "max_tokens": 9}
-    return Buffer(**sizes, transport="nvlink", num_slabs=SLABS, num_sms=24, **options)
+    return Buffer(**sizes, transport=transport, num_slabs=SLABS, num_sms=24, **options)
 
 
 @pytest.fixture
@@ -53,21 +53,26 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, idx, torch.rand(T, K, generator=gen)
 
 
-ARRAYS = ("slots", "ids", "matrix", "run_starts", "positions")
+ARRAYS = ("slots", "ids", "matrix", "run_starts", "unit_tokens", "positions")
 
 
-def expect_arrays(told: dict[str, Any], handle: Any) -> None:
+def expect_arrays(told: dict[str, Any], handle: Any, in_parts: bool = False) -> None:
     """The arrays that only kernels read lie one after the other in the handle's memory."""
+    there = {"unit_tokens": in_parts, "positions": handle.layout == "expert"}
     start, num_bytes = handle.memory.data_ptr(), 8 * handle.memory.numel()
     sizes = {
         "slots": 4 * T * RANKS,
         "ids": 2 * T * 8,
         "matrix": 4 * (RANKS + 1) * RANKS,
         "run_starts": 4 * RANKS * (9 + 1),
+        "unit_tokens": 4 * 8 * RANKS,
         "positions": 4 * RANKS * 9 * 4,
     }
     end = start
-    for name in ARRAYS if handle.layout == "expert" else ARRAYS[:-1]:
+    for name in ARRAYS:
+        if not there.get(name, True):
+            assert told[name] == 0
+            continue
         assert told[name] >= end, name
         assert (told[name] - start) % 16 == 0, name
         end = told[name] + sizes[name]
@@ -77,7 +82,7 @@ def expect_arrays(told: dict[str, Any], handle: Any) -> None:
         assert told["offsets"] == handle.offsets.data_ptr()
         assert told["topk_local"] == 0
     else:
-        assert told["offsets"] == told["positions"] == 0
+        assert told["offsets"] == 0
         assert told["topk_local"] == handle.topk_idx.data_ptr()
 
 
@@ -170,6 +175,28 @@ def test_combine(buffer: Buffer, inputs: tuple, launches: ModuleType) -> None:
             assert told["expert_layout"] == (layout == "expert")
             assert (told["row_bytes"], told["num_tokens"]) == (2 * H, T)
             assert told["row_weights"] == told["token_weights"] == 0
+
+
+@pytest.mark.parametrize("layout", ["token", "expert"])
+def test_copy_engines(launches: ModuleType, inputs: tuple, layout: str) -> None:
+    """Their kernels follow the same arrays and one more, in every kind of call."""
+    x, idx, weights = inputs
+    with host_core.as_rank(1, RANKS):
+        buffer = make_buffer("copy_engine")
+    launches.take_launches()
+    recv, handle = buffer.dispatch(x, idx, weights, layout=layout, max_recv_tokens=40)
+    rows = torch.zeros(40, H).bfloat16()
+    for factors in (None, recv.weights) if layout == "expert" else (None,):
+        buffer.dispatch(x, topk_weights=weights, fp8=True, handle=handle)
+        y, _ = buffer.combine(rows, handle, weights=factors)
+        buffer.dispatch(x, topk_weights=weights, handle=handle)
+        *_, quantising, combine, plain = launches.take_launches()
+        for told in (quantising, plain):
+            expect_arrays(told, handle, in_parts=True)
+        assert (quantising["payload"], plain["payload"]) == (1, 0)
+        assert combine["unit_tokens"] == plain["unit_tokens"]
+        assert (combine["rows"], combine["y"]) == (rows.data_ptr(), y.data_ptr())
+        assert combine["weighted"] == (factors is not None)
 
 
 def test_gradients_take_the_same_handle(

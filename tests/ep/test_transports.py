@@ -13,6 +13,8 @@ import pytest
 from tests.ep import fault_checks, gradient_checks, rank_checks, stress_checks, zero_copy_checks
 from tests.ep.ranks import (
     COPY_ENGINE,
+    COPY_ENGINE_PARTS,
+    COPY_ENGINE_PARTS_VIRTUAL,
     COPY_ENGINE_VIRTUAL,
     GLOO,
     NCCL,
@@ -30,6 +32,8 @@ ENVIRONMENTS = {
     "copy_engine": (COPY_ENGINE, (MULTI_GPU,), (1, 2, 3, 4, 8)),
     "nvlink-virtual": (NVLINK_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
     "copy_engine-virtual": (COPY_ENGINE_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
+    "copy_engine-parts": (COPY_ENGINE_PARTS, (MULTI_GPU,), (2, 4)),
+    "copy_engine-parts-virtual": (COPY_ENGINE_PARTS_VIRTUAL, (GPU,), (1, 2, 4)),
 }
 
 
@@ -110,6 +114,15 @@ def test_zero_copy_without_slabs(environment: Environment, num_ranks: int) -> No
 @on(num_ranks=2)
 def test_many_calls_with_changing_routing(environment: Environment, num_ranks: int) -> None:
     environment.run(num_ranks, stress_checks.many_calls)
+
+
+@on(
+    *("nvlink", "copy_engine", "copy_engine-parts"),
+    *("nvlink-virtual", "copy_engine-virtual", "copy_engine-parts-virtual"),
+    num_ranks=2,
+)
+def test_calls_in_a_row_with_delays(environment: Environment, num_ranks: int) -> None:
+    environment.run(num_ranks, stress_checks.calls_in_a_row_with_delays)
 
 
 @on("collective-gloo", num_ranks=3)

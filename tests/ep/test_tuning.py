@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -87,9 +88,10 @@ def test_dispatch_fits_and_every_role_has_warps(num_ranks: int, top_k: int, hidd
                 assert t.own_stages >= 2
                 assert 0 <= t.send_ctas < sms
                 assert (t.send_ctas > 0) == (num_ranks > 1)
-        for t in (tuning.for_pack(source, sms, config), tuning.for_own_rows(source, config)):
+        pack, unpack = tuning.for_pack(source, sms, config), tuning.for_unpack(source, config)
+        for t, stages in ((pack, pack.send_stages), (unpack, unpack.receive_stages)):
             expect_room(t, source, config)
-            assert max(t.send_stages, t.own_stages) >= 2
+            assert stages >= 2
 
 
 @pytest.mark.parametrize(("num_ranks", "top_k", "hidden"), SHAPES)
@@ -107,6 +109,10 @@ def test_combine_fits_and_every_role_has_warps(num_ranks: int, top_k: int, hidde
         stages = t.send_warps * t.send_stages
         assert stages * (stage + 8) + warps * lists + 4 * num_ranks <= SHARED_BYTES
         assert layout == "expert" or t.send_stages >= 2
+        reduce = tuning.for_reduce(SimpleNamespace(layout=layout))
+        most = TOKEN_THREADS if layout == "token" else EXPERT_THREADS
+        assert 32 * reduce.receive_warps <= most
+        assert reduce.receive_warps * lists + 4 * num_ranks <= SHARED_BYTES
 
 
 def test_the_share_of_senders_follows_the_work() -> None:
@@ -120,3 +126,23 @@ def test_the_share_of_senders_follows_the_work() -> None:
 
     # Rows that stay in the slab leave the least to do, copies for every expert the most.
     assert senders("token", in_slab=True) > senders("token") > senders("expert")
+
+
+def test_segments_travel_in_parts_if_they_are_large() -> None:
+    config = replace(config_of(2, 8, 7168), max_tokens=4096)
+    assert tuning.segment_parts(2 * 7168, config) == (2, 5, 8)
+    assert tuning.segment_parts(7168 // 2, config) == (4, 8)
+    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=128)) == (8,)
+    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 2, 3, 7, 8, 9, 13, 64, 1023, 4096])
+def test_no_segment_has_more_parts_than_rows(max_tokens: int) -> None:
+    # A part has a flag where nvlink has one for every run, of which there are few in small buffers.
+    config = replace(config_of(2, 8, 7168), max_tokens=max_tokens)
+    ends = tuning.segment_parts(2 * 7168, config, (1, 2, 3, 4, 5, 6, 7, 8))
+    assert list(ends) == sorted(set(ends))
+    assert ends[-1] == tuning.SEGMENT_UNITS
+    assert len(ends) <= max(1, max_tokens)
+    if max_tokens % 8 == 0 and max_tokens > 0:
+        assert len(ends) == 8

@@ -17,10 +17,21 @@ from dualpipe_ext.ep.local_ranks import LocalRanks
 from tests.ep import fault_checks, graph_checks, rank_checks, stress_checks
 from tests.ep.cases import Case, make_case
 from tests.ep.expected import Routes, rank_sum, rows_at
-from tests.ep.ranks import COPY_ENGINE_VIRTUAL, NVLINK_VIRTUAL, Environment, Ranks
+from tests.ep.ranks import (
+    COPY_ENGINE_PARTS_VIRTUAL,
+    COPY_ENGINE_VIRTUAL,
+    NVLINK_VIRTUAL,
+    Environment,
+    Ranks,
+)
 
 both = pytest.mark.parametrize(
     "environment", [NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL], ids=["nvlink", "copy_engine"]
+)
+all_ways = pytest.mark.parametrize(
+    "environment",
+    [NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL, COPY_ENGINE_PARTS_VIRTUAL],
+    ids=["nvlink", "copy_engine", "copy_engine-parts"],
 )
 GIB = 2**30
 
@@ -32,7 +43,7 @@ def test_virtual_ranks_take_the_callers_stream() -> None:
     assert seen == [stream] * 3
 
 
-@both
+@all_ways
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_graphs(environment: Environment, num_ranks: int) -> None:
     environment.run(
@@ -52,8 +63,8 @@ def test_a_stall_within_the_time_out_is_no_error(environment: Environment) -> No
 
 @pytest.mark.parametrize(
     ("environment", "num_ranks"),
-    [(NVLINK_VIRTUAL, 4), (COPY_ENGINE_VIRTUAL, 2)],
-    ids=["nvlink", "copy_engine"],
+    [(NVLINK_VIRTUAL, 4), (COPY_ENGINE_VIRTUAL, 2), (COPY_ENGINE_PARTS_VIRTUAL, 2)],
+    ids=["nvlink", "copy_engine", "copy_engine-parts"],
 )
 def test_10_000_calls(environment: Environment, num_ranks: int) -> None:
     environment.run(num_ranks, stress_checks.thousands_of_calls, timeout_s=200)

@@ -14,26 +14,30 @@ import torch
 
 from dualpipe_ext.errors import WorkerFailedError
 from tests.ep import fault_checks, graph_checks, stress_checks
-from tests.ep.ranks import COPY_ENGINE, NVLINK, Environment
+from tests.ep.ranks import COPY_ENGINE, COPY_ENGINE_PARTS, NVLINK, Environment
 
-both = pytest.mark.parametrize("environment", [NVLINK, COPY_ENGINE], ids=["nvlink", "copy_engine"])
+all_ways = pytest.mark.parametrize(
+    "environment",
+    [NVLINK, COPY_ENGINE, COPY_ENGINE_PARTS],
+    ids=["nvlink", "copy_engine", "copy_engine-parts"],
+)
 
 
 def _num_ranks(most: int) -> int:
     return min(most, torch.cuda.device_count())
 
 
-@both
+@all_ways
 def test_an_absent_rank_is_named_and_a_reset_helps(environment: Environment) -> None:
     environment.run(_num_ranks(4), fault_checks.absent_rank_then_reset)
 
 
-@both
+@all_ways
 def test_a_stall_within_the_time_out_is_no_error(environment: Environment) -> None:
     environment.run(_num_ranks(4), fault_checks.stalled_rank)
 
 
-@both
+@all_ways
 def test_a_killed_rank_is_named_by_the_others(environment: Environment, tmp_path: Path) -> None:
     num_ranks = _num_ranks(4)
     check = functools.partial(fault_checks.killed_rank, folder=tmp_path)
@@ -46,12 +50,12 @@ def test_a_killed_rank_is_named_by_the_others(environment: Environment, tmp_path
     assert time.monotonic() - begin < 60
 
 
-@both
+@all_ways
 def test_10_000_calls(environment: Environment) -> None:
     environment.run(_num_ranks(8), stress_checks.thousands_of_calls, timeout_s=200)
 
 
-@both
+@all_ways
 def test_graphs(environment: Environment) -> None:
     environment.run(
         _num_ranks(4), graph_checks.graph_equals_eager, graph_checks.graph_of_a_cached_handle
