@@ -1,5 +1,5 @@
 // The copy-engine path: dispatches and combines whose rows cross the link without an SM. See
-// copy_engine.cu for the protocol.
+// copy_engine.cpp for the protocol.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,8 +1,8 @@
 """The transport of the copy engines: no SM moves a row across the link.
 
 Kernels pack rows into a staging slab in the layout of their destinations, copies carry segments,
-part by part, kernels unpack or sum what has come. csrc/ep/copy_engine.cu describes the protocol and
-launches it all in one call.
+part by part, kernels unpack or sum what has come. csrc/ep/copy_engine.cpp describes the protocol
+and launches it all in one call.
 
 Shapes: T tokens of this rank, H hidden, R ranks, K top-k, N rows in token layout, M expert rows.
 """

@@ -20,7 +20,7 @@ def test_host_code(source, tmp_path):
     program = tmp_path / source.stem
     # Undefined behaviour (signed overflow, misaligned access) ends the program.
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
-    flags += ["-fno-sanitize-recover", f"-I{CSRC}", f"-I{HERE}"]
+    flags += ["-fno-sanitize-recover", f"-I{CSRC}", f"-I{HERE}", f"-I{HERE / 'streams'}"]
     compiled = subprocess.run(
         [COMPILER, *flags, str(source), "-o", str(program)], capture_output=True, text=True
     )

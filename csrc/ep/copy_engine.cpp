@@ -25,37 +25,12 @@
 #include "ep/copy_engine.h"
 
 #include <algorithm>
+#include <utility>
 
-#include "comm/launch.cuh"
+#include "ep/arrivals.h"
 
 namespace dualpipe {
 namespace {
-
-struct ArrivalsCall {
-  uint32_t rank;
-};
-
-struct ArrivalsArgs {
-  LaunchArgs launch;
-  Phase phase;
-  uint32_t part;
-  ArrivalsCall calls[kMaxLocalRanks];
-};
-
-// A CTA per rank, which waits for a part of every other rank, also of those that have no rows for
-// this one.
-__global__ void __launch_bounds__(kMaxRanks)
-    arrivals_kernel(const __grid_constant__ ArrivalsArgs args) {
-  const ArrivalsCall& call = args.calls[blockIdx.x];
-  const Watchdog watchdog = make_watchdog(args.launch, blockIdx.x, call.rank);
-  const uint32_t source = threadIdx.x, num_ranks = args.launch.peers.num_ranks;
-  if (source >= num_ranks || source == call.rank) return;
-  const ControlLayout& control = args.launch.layout.control;
-  const uint32_t epoch = watchdog.state->transfer_epoch + 1;
-  const uint32_t* flags = control.run_flags.in(args.launch.peers.base[call.rank]);
-  wait_epoch(flags + source * control.runs + args.part, epoch,
-             {args.phase, call.rank, source, args.part, epoch}, watchdog);
-}
 
 // One array of a segment.
 struct CopyArray {
@@ -210,8 +185,7 @@ class Carrier {
   cudaError_t await(Phase phase, uint32_t part) {
     arrivals_.phase = phase;
     arrivals_.part = part;
-    arrivals_kernel<<<launch_.num_local, kMaxRanks, 0, stream_>>>(arrivals_);
-    return cudaGetLastError();
+    return launch_arrivals(arrivals_, stream_);
   }
 
   const CopyLanes& lanes_;
