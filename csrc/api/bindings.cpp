@@ -15,6 +15,7 @@
 #include "api/planner.h"
 #include "api/workspace.h"
 #include "comm/barrier.h"
+#include "comm/flag_wait.h"
 
 namespace py = pybind11;
 
@@ -81,6 +82,28 @@ void barrier(const PeerTable& peers, const WorkspaceLayout& layout, const ErrorC
   check_cuda(launch_barrier(args, reinterpret_cast<cudaStream_t>(stream)), "barrier");
 }
 
+template <class T>
+T* pointer(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void flag_wait(const ErrorChannel& channel, uint64_t state, uint64_t flag, uint32_t expected,
+               uint64_t word, uint32_t number, bool for_room, uint32_t rank, uint32_t peer,
+               uint64_t timeout_ns, uint64_t stream) {
+  const Phase phase = for_room ? Phase::kSendRoom : Phase::kSendPiece;
+  const FlagWaitArgs args{pointer<ControlState>(state),
+                          channel.records(),
+                          pointer<const uint32_t>(flag),
+                          pointer<uint32_t>(word),
+                          expected,
+                          number,
+                          phase,
+                          rank,
+                          peer,
+                          timeout_ns};
+  check_cuda(launch_flag_wait(args, pointer<CUstream_st>(stream)), "flag_wait");
+}
+
 void bind_devices(py::module_& m) {
   py::class_<DeviceInfo>(m, "DeviceInfo")
       .def_readonly("index", &DeviceInfo::index)
@@ -103,6 +126,8 @@ void bind_devices(py::module_& m) {
   m.def("devices", &devices);
   m.def("peer_link", &peer_link, py::arg("device"), py::arg("peer"));
   m.def("enable_peer_access", &enable_peer_access, py::arg("device"), py::arg("peer"));
+  m.def("create_stream", &create_stream);
+  m.def("destroy_stream", &destroy_stream, py::arg("stream"));
   m.def("capture_id", &capture_id, py::arg("stream"));
 }
 
@@ -149,11 +174,10 @@ void bind_comm(py::module_& m) {
       .def("clear", &ErrorChannel::clear);
   m.def("barrier", &barrier, py::arg("peers"), py::arg("layout"), py::arg("channel"), py::kw_only(),
         py::arg("first_rank"), py::arg("num_local"), py::arg("timeout_ns"), py::arg("stream"));
-}
-
-template <class T>
-T* pointer(uint64_t address) {
-  return reinterpret_cast<T*>(address);
+  m.def("flag_wait", &flag_wait, py::arg("channel"), py::kw_only(), py::arg("state"),
+        py::arg("flag"), py::arg("expected"), py::arg("word"), py::arg("number"),
+        py::arg("for_room"), py::arg("rank"), py::arg("peer"), py::arg("timeout_ns"),
+        py::arg("stream"));
 }
 
 void bind_eplb(py::module_& m) {

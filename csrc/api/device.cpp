@@ -73,6 +73,20 @@ uint64_t capture_id(uint64_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
+uint64_t create_stream() {
+  int lowest = 0, highest = 0;
+  check_cuda(cudaDeviceGetStreamPriorityRange(&lowest, &highest),
+             "cudaDeviceGetStreamPriorityRange");
+  cudaStream_t stream = nullptr;
+  check_cuda(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest),
+             "cudaStreamCreateWithPriority");
+  return reinterpret_cast<uint64_t>(stream);
+}
+
+void destroy_stream(uint64_t stream) {
+  check_cuda(cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream)), "cudaStreamDestroy");
+}
+
 void enable_peer_access(int device, int peer) {
   int current = 0;
   check_cuda(cudaGetDevice(&current), "cudaGetDevice");

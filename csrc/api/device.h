@@ -35,6 +35,10 @@ std::vector<DeviceInfo> devices();
 PeerLink peer_link(int device, int peer);
 // Which capture a stream is in; 0 for none.
 uint64_t capture_id(uint64_t stream);
+// A stream of the current device that shares its place with no other: torch hands out its own from
+// a pool, so that two of them can be the same. Of the highest priority.
+uint64_t create_stream();
+void destroy_stream(uint64_t stream);
 // Lets kernels on `device` address the memory of `peer`; allowed twice.
 void enable_peer_access(int device, int peer);
 

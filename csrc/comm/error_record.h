@@ -15,6 +15,8 @@ enum class Phase : uint32_t {
   kDispatchRows = 4,    // for rows of a peer
   kCombinePermit = 5,
   kCombineRows = 6,
+  kSendRoom = 7,   // of a stage-to-stage send: for the receiver to have read what lies there
+  kSendPiece = 8,  // for a piece of it
 };
 
 constexpr const char* phase_name(Phase phase) {
@@ -31,6 +33,10 @@ constexpr const char* phase_name(Phase phase) {
       return "combine (permission)";
     case Phase::kCombineRows:
       return "combine (rows)";
+    case Phase::kSendRoom:
+      return "send (room)";
+    case Phase::kSendPiece:
+      return "send (piece)";
   }
   return "unknown";
 }

@@ -98,6 +98,13 @@ def command(
     transport: Annotated[
         str, typer.Option(help="How tokens reach their experts.", rich_help_panel=_PARALLEL)
     ] = "auto",
+    stage_transport: Annotated[
+        str,
+        typer.Option(
+            help="How tensors travel from stage to stage: auto, copy_engine or collective.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = "auto",
     redundant_experts: Annotated[
         int | None,
         typer.Option(
@@ -189,6 +196,7 @@ def command(
         rebalance_every=rebalance_every,
         spare_bytes=spare_mib << 20,
         transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
+        stage_transport=stage_transport,
         dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
         ema=ema,
         ema_dtype=ema_dtype,

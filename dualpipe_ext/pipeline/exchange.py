@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.pipeline import messages
+from dualpipe_ext.pipeline.copy_channel import Arriving, CopyChannel
 from dualpipe_ext.pipeline.p2p import Channel, Incoming
 from dualpipe_ext.pipeline.plan import Action, Op, Plan
 
@@ -46,9 +47,12 @@ _PREFIX = 4  # number of chunks, training, varying, number of tensors
 _ENTRY = 3 + _MAX_DIMS  # dtype, requires_grad, number of dimensions, dimensions
 _HEADER = _PREFIX + _ENTRY * _MAX_TENSORS
 
-# Messages to expect per channel beyond the one that is needed. None on CUDA: a receive occupies the
-# device until its sender sends, and loading a kernel or freeing memory waits for the whole device.
-# A rank that did so with a receive posted ahead of its need could hold up the very sender.
+AnyChannel = Channel | CopyChannel
+
+# Messages to expect per channel beyond the one that is needed. None on CUDA: a receive of NCCL
+# occupies the device until its sender sends, and loading a kernel or freeing memory waits for the
+# whole device. A rank that did so with a receive posted ahead of its need could hold up the very
+# sender. What copy engines bring comes without being expected.
 _AHEAD = {"cpu": 2, "cuda": 0}
 
 
@@ -84,8 +88,8 @@ class Exchange:
         self,
         plan: Plan,
         rank: int,
-        outgoing: dict[int, Channel],
-        incoming: dict[int, Channel],
+        outgoing: dict[int, AnyChannel],
+        incoming: dict[int, AnyChannel],
         *,
         device: torch.device,
         forward_only: bool,
@@ -93,7 +97,7 @@ class Exchange:
         declared: tuple[TensorSpec, ...] | None,
     ) -> None:
         self._plan = plan
-        self._outgoing = outgoing
+        self._outgoing, self._incoming = outgoing, incoming
         self._training = not forward_only
         self._device = device
         # Where shapes are declared, gradients come back for every output that can have one.
@@ -174,8 +178,8 @@ class Exchange:
             channel.release_sent()
 
     def finish(self) -> None:
-        """Wait until everything is sent."""
-        for channel in self._outgoing.values():
+        """Wait until everything is sent and, where nothing else would tell, has come."""
+        for channel in (*self._outgoing.values(), *self._incoming.values()):
             channel.drain()
 
     def expected(self, message: Action) -> tuple[TensorSpec, ...] | None:
@@ -241,14 +245,14 @@ class _Inbox:
     """Incoming messages of one channel, received in the order their sender sends them."""
 
     def __init__(
-        self, exchange: Exchange, channel: Channel, expected: list[Action], ahead: int
+        self, exchange: Exchange, channel: AnyChannel, expected: list[Action], ahead: int
     ) -> None:
         self._exchange = exchange
         self._channel = channel
         self._expected = deque(expected)
         self._ahead = ahead
-        self._posted: dict[Action, Incoming] = {}
-        self._header: Incoming | None = None  # of the first expected message
+        self._posted: dict[Action, Incoming | Arriving] = {}
+        self._header: Incoming | Arriving | None = None  # of the first expected message
 
     def take(self, message: Action) -> list[Tensor]:
         """Wait for ``message``, which must be expected."""

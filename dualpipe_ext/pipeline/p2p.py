@@ -209,7 +209,7 @@ class Channel:
                 self._backend._start_coalescing()
             for tensor in tensors:
                 self._tag = (self._tag + 1) % _TAGS
-                works.append(start([_bytes(tensor)], peer, self._tag))
+                works.append(start([as_bytes(tensor)], peer, self._tag))
             return [self._backend._end_coalescing()] if batched else works
         except RuntimeError as error:
             raise _failure(self, purpose, error) from error
@@ -309,9 +309,10 @@ def _backend(store: Any, rank: int, device: torch.device, timeout_s: float) -> A
     raise ValueError(f"expected stages on the CPU or on CUDA, got {device}")
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 [bytes], the memory of a contiguous tensor of any dtype."""
     flat = tensor.detach().reshape(-1)
-    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8)
+    return (torch.view_as_real(flat).view(-1) if flat.is_complex() else flat).view(torch.uint8)
 
 
 def _waited(channel: Channel, purpose: str) -> str:

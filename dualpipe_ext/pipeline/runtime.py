@@ -1,4 +1,4 @@
-"""The runtime: executes any plan over torch.distributed, on the CPU (gloo) or on GPUs (NCCL).
+"""The runtime: executes any plan, on the CPU (gloo) or on GPUs (copy engines or NCCL).
 
 What belongs here: :class:`Pipeline` and its two named forms, the checks of what users pass, and
 what outlives a step. P ranks in the group, numbered 0..P-1 by ``rank_mapping``; chunks are the
@@ -13,18 +13,21 @@ produces it. The sender waits in turn only for what its own actions need. So a c
 ranks would be a circle of actions that need each other's results in plan order, and a plan that has
 none (``check_plan``) runs to its end.
 
-On CUDA there is more to wait for: a posted send or receive occupies the device until the peer takes
-its part, and whatever synchronises the device (the first launch of a kernel, freeing memory) waits
-for all of them. Therefore nothing is received ahead of the action that needs it. A rank held up so
-waits for messages that it needs now, and for the receivers of messages it has sent. Suppose rank r
-waits for rank s to receive. If s waits for r in turn, it is for a later message of the same
+With NCCL there is more to wait for: a posted send or receive occupies the device until the peer
+takes its part, and whatever synchronises the device (the first launch of a kernel, freeing memory)
+waits for all of them. Therefore nothing is received ahead of the action that needs it. A rank held
+up so waits for messages that it needs now, and for the receivers of messages it has sent. Suppose
+rank r waits for rank s to receive. If s waits for r in turn, it is for a later message of the same
 channel, and then it has posted the earlier one too; if it waits for the rank beyond, so does the
-argument, and a chain of ranks ends.
+argument, and a chain of ranks ends. Copy engines occupy the device less (docs/internals.md, stage
+to stage): a receive while its rank has nothing else to do, a send only while the ring at its
+receiver is full of what was sent before.
 
 Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an error that names the
 ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
-first message of a stage boundary and at the end of the step; in between, the watchdog of NCCL ends
-the process if a peer stalls for longer than ``timeout_s`` and a minute.
+first message of a stage boundary and at the end of the step. In between, every wait of the device
+ends after ``timeout_s`` too where copy engines send, and the host raises at its next call; with
+NCCL its watchdog ends the process if a peer stalls for longer than ``timeout_s`` and a minute.
 """
 
 from __future__ import annotations
@@ -40,16 +43,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualpipe_ext.errors import DualPipeError
-from dualpipe_ext.pipeline import messages, microbatch, mirror
+from dualpipe_ext.pipeline import microbatch, mirror
+from dualpipe_ext.pipeline.connections import DEFAULT_RING_BYTES, ConnectionOptions, connect
 from dualpipe_ext.pipeline.exchange import Exchange, TensorSpec
 from dualpipe_ext.pipeline.executor import Batch, StepExecutor
 from dualpipe_ext.pipeline.overlap import Launcher
-from dualpipe_ext.pipeline.p2p import Channel, close_all
 from dualpipe_ext.pipeline.plan import Plan, build_plan
 from dualpipe_ext.pipeline.stage import Criterion, LocalStage
 from dualpipe_ext.pipeline.timing import StepRecord, Stopwatch
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
-from dualpipe_ext.timeouts import check_timeout
 
 PlanFactory = Callable[..., Plan]
 
@@ -78,6 +80,12 @@ class Pipeline(nn.Module):
             Differences that come from the inputs' own shapes are noticed without it.
         boundary: shapes and dtypes at every stage boundary, if they are the same at all of them;
             spares the headers that announce them.
+        transport: how tensors travel from stage to stage: "copy_engine" (into the memory of the
+            peer, which takes no SM; GPUs of one host, joined by NVLink), "collective" (NCCL, or
+            gloo on the CPU), or "auto" for the first of these that all ranks can use.
+        ring_bytes: with "copy_engine", memory on the device for messages on their way, for every
+            rank that sends to this one. Larger messages travel too, in pieces that wait for each
+            other. Sends rarely wait if it holds four messages.
         timeout_s: longest wait for another rank, in seconds.
         record: keep the times of each step in ``last_step``.
         on_launch: called with the name of every phase before it is launched.
@@ -87,6 +95,7 @@ class Pipeline(nn.Module):
         stages: the modules.
         rank: this rank in the pipeline.
         num_ranks: ranks in the pipeline.
+        transport: "copy_engine" or "collective".
         boundary: see above; may be changed between steps, on all ranks alike.
         last_step: times of the last step, if ``record``.
     """
@@ -103,13 +112,16 @@ class Pipeline(nn.Module):
         sync_mirrored_grads: bool = True,
         dynamic_shapes: bool = False,
         boundary: Sequence[TensorSpec] | None = None,
+        transport: str = "auto",
+        ring_bytes: int = DEFAULT_RING_BYTES,
         timeout_s: float = 600.0,
         record: bool = False,
         on_launch: Callable[[str], None] | None = None,
         weight_grads: WeightGradStore | None = None,
     ) -> None:
         super().__init__()
-        _check_options(kind, batch_dim, timeout_s)
+        _check_options(kind, batch_dim)
+        options = ConnectionOptions(transport, ring_bytes, timeout_s)
         group = group or _world()
         self.num_ranks = group.size()
         self.rank = _pipeline_rank(group, rank_mapping)
@@ -137,15 +149,18 @@ class Pipeline(nn.Module):
             stage: LocalStage(module, self._launcher, self._store)
             for stage, module in zip(ids, self.stages, strict=True)
         }
-        self._connect(layout, group, timeout_s)
+        self._connect(layout, group, options)
 
-    def _connect(self, layout: Plan, group: dist.ProcessGroup, timeout_s: float) -> None:
+    def _connect(self, layout: Plan, group: dist.ProcessGroup, options: ConnectionOptions) -> None:
         """Agree with the other ranks that this is one pipeline, and open the channels."""
         mine = {
             "token": uuid.uuid4().hex,
             "kind": layout.kind,
             "rank": self.rank,
             "sync_mirrored_grads": self._sync,
+            "device": self._device.type,
+            "transport": options.transport,
+            "ring_bytes": options.ring_bytes,
             "copies": [
                 (layout.model_stage(stage), mirror.fingerprint(local.module))
                 for stage, local in self._local.items()
@@ -155,33 +170,17 @@ class Pipeline(nn.Module):
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, mine, group=group)
         _check_agreement(everyone)
-        everyone.sort(key=lambda info: info["rank"])
-        token = everyone[0]["token"]
-
-        def open_channel(purpose: str, source: int, destination: int) -> Channel:
-            return Channel(
-                f"dualpipe/{token}/{purpose}/{source}-{destination}",
-                source,
-                destination,
-                rank=self.rank,
-                device=self._device,
-                timeout_s=timeout_s,
-            )
-
-        self._outgoing: dict[int, Channel] = {}
-        self._incoming: dict[int, Channel] = {}
-        self._mirror: tuple[Channel, Channel] | None = None
-        # All ranks walk the same sorted list: see Channel for why.
-        for source, destination in messages.links(layout):
-            if self.rank == source:
-                self._outgoing[destination] = open_channel("stage", source, destination)
-            elif self.rank == destination:
-                self._incoming[source] = open_channel("stage", source, destination)
-        if self._sync:
-            other = mirror.mirror_rank(layout, self.rank)
-            low, high = sorted((self.rank, other))
-            up, down = open_channel("copy", low, high), open_channel("copy", high, low)
-            self._mirror = (up, down) if self.rank == low else (down, up)
+        pipeline_ranks = [info["rank"] for info in everyone]
+        self._connections = connect(
+            layout,
+            group,
+            pipeline_ranks,
+            token=min(everyone, key=lambda info: info["rank"])["token"],
+            device=self._device,
+            options=options,
+            sync=self._sync,
+        )
+        self.transport = self._connections.transport
 
     def step(
         self,
@@ -244,8 +243,7 @@ class Pipeline(nn.Module):
         """Give up the channels; no step can follow. Waits for other ranks for seconds at most."""
         abort = self._broken not in (None, _CLOSED)
         self._broken = self._broken or _CLOSED
-        mirrors = self._mirror or ()
-        close_all([*self._outgoing.values(), *self._incoming.values(), *mirrors], abort=abort)
+        self._connections.close(abort=abort)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Not available: one rank alone has no result."""
@@ -305,8 +303,8 @@ class Pipeline(nn.Module):
         exchange = Exchange(
             plan,
             self.rank,
-            self._outgoing,
-            self._incoming,
+            self._connections.outgoing,
+            self._connections.incoming,
             device=self._device,
             forward_only=not training,
             varying=dynamic_shapes,
@@ -333,9 +331,11 @@ class Pipeline(nn.Module):
 
     def _synced_grads(self, plan: Plan) -> AbstractContextManager[None]:
         """Around a training step: sum what it adds to the gradients with the copies."""
-        assert self._mirror is not None
+        assert self._connections.mirror is not None
         ordered = sorted(self._local, key=plan.model_stage)
-        return mirror.synced_grads([self._local[s].module for s in ordered], *self._mirror)
+        return mirror.synced_grads(
+            [self._local[s].module for s in ordered], *self._connections.mirror
+        )
 
 
 class DualPipe(Pipeline):
@@ -404,14 +404,13 @@ def _as_module_list(stages: Any) -> nn.ModuleList:
     return nn.ModuleList(stages)
 
 
-def _check_options(kind: object, batch_dim: object, timeout_s: object) -> None:
+def _check_options(kind: object, batch_dim: object) -> None:
     if not isinstance(kind, str) and not callable(kind):
         raise ValueError(
             f"expected kind as a schedule's name or a function, got {type(kind).__name__}"
         )
     if not isinstance(batch_dim, int) or batch_dim < 0:
         raise ValueError(f"expected batch_dim of 0 or more, got {batch_dim!r}")
-    check_timeout(timeout_s)
 
 
 def _device_of(stages: nn.ModuleList) -> torch.device:
@@ -431,7 +430,7 @@ def _device_of(stages: nn.ModuleList) -> torch.device:
 
 def _check_agreement(everyone: list[dict[str, Any]]) -> None:
     """All ranks must have built the same pipeline, and copies of a stage must be copies."""
-    for what in ("kind", "sync_mirrored_grads"):
+    for what in ("kind", "sync_mirrored_grads", "device", "transport", "ring_bytes"):
         values = {info["rank"]: info[what] for info in everyone}
         if len(set(values.values())) > 1:
             raise ValueError(f"expected the same {what} on every rank, got {values}")

@@ -27,7 +27,7 @@ COMM_PATTERNS = (
     r"\bdualpipe::",
     r"Memcpy PtoP",
 )
-WAIT_PATTERNS = (r"notify", r"barrier")
+WAIT_PATTERNS = (r"notify", r"barrier", r"flag_wait")
 
 _GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCH_CATEGORIES = ("cuda_runtime", "cuda_driver")

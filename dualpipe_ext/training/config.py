@@ -12,6 +12,7 @@ from dualpipe_ext.eplb.migrator import DEFAULT_SPARE_BYTES
 from dualpipe_ext.memory.ema import check_decay
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
+from dualpipe_ext.pipeline.connections import TRANSPORTS
 from dualpipe_ext.timeouts import MAX_TIMEOUT_S
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +42,8 @@ class TrainConfig:
         spare_bytes: memory on each rank for experts on their way to it. A rebalancing that needs
             more takes several steps; one layer always gets what it needs.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
+        stage_transport: how tensors travel from stage to stage: "copy_engine", "collective", or
+            "auto" for the first of these that the pipeline ranks can use.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
         ema: decay of the parameters' average on the CPU, above 0 and below 1; None for no average.
         ema_dtype: of the average, "float32" or "bfloat16" (half the memory, rounded at random).
@@ -65,6 +68,7 @@ class TrainConfig:
     rebalance_every: int = 0
     spare_bytes: int = DEFAULT_SPARE_BYTES
     transport: str = "auto"
+    stage_transport: str = "auto"
     dtype: str = "float32"
     ema: float | None = None
     ema_dtype: str = "float32"
@@ -102,6 +106,11 @@ class TrainConfig:
             raise ValueError(
                 f"expected transport to be one of {', '.join(transport_names())}, "
                 f"got {self.transport!r}"
+            )
+        if self.stage_transport not in TRANSPORTS:
+            raise ValueError(
+                f"expected stage_transport to be one of {', '.join(TRANSPORTS)}, "
+                f"got {self.stage_transport!r}"
             )
         if self.pp > self.model.num_layers:  # before a plan of that size is made
             raise ValueError(
@@ -149,7 +158,8 @@ class TrainConfig:
         """What a checkpoint must agree on to be resumed bit for bit."""
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
         # transport or memory level; everything else decides what is in the checkpoint.
-        free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every", "spare_bytes")
+        free = {"steps", "warmup", "timeout_s", "rebalance_every", "spare_bytes"}
+        free |= {"transport", "stage_transport"}
         layout = {k: v for k, v in asdict(self).items() if k not in free}
         del layout["model"]["memory_level"]
         return layout

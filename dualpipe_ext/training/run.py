@@ -177,6 +177,7 @@ def _facts_of(trainer: Trainer) -> dict[str, str]:
     return as_facts(
         schedule=f"{config.schedule}, {config.pp} pipeline x {config.ep} expert-parallel ranks",
         transport=trainer.buffer.transport,
+        stage_sends=trainer.pipeline.transport,
         experts=(
             f"{config.model.num_experts} (top {config.model.top_k}) "
             f"in {config.num_slots} slots per layer"

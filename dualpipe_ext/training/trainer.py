@@ -100,6 +100,7 @@ class Trainer:
             config.schedule,
             self.stages,
             self._pp_group,
+            transport=config.stage_transport,
             timeout_s=config.timeout_s,
             record=True,
         )

@@ -47,6 +47,7 @@ def test_a_run_leaves_metrics_plot_summary_and_checkpoint(tmp_path: Path):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["transport"] == "collective"
+    assert summary["stage sends"] == "collective"
     assert "2 pipeline x 2 expert-parallel" in done.stdout
     assert "bubble" in done.stdout
     assert (run / "checkpoints" / "step-00000006" / "rank-00003.pt").is_file()
@@ -136,6 +137,7 @@ def test_a_run_is_compared_with_one_that_nobody_balances(tmp_path: Path):
         (["--resume=nowhere"], "expected a checkpoint or a run's folder, got nowhere"),
         (["--model=huge"], "expected --model of tiny, small, got 'huge'"),
         (["--transport=pigeon"], "pigeon"),
+        (["--stage-transport=pigeon"], "pigeon"),
         (["--steps=many"], "'--steps'"),
         (["--dtype="], "expected a dtype of float64, float32, bfloat16, got ''"),
         (["--model="], "expected --model of tiny, small, got ''"),

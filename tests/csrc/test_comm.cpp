@@ -28,6 +28,8 @@ void phases_have_names() {
   CHECK(std::strcmp(phase_name(Phase::kRoute), "route") == 0);
   CHECK(std::strcmp(phase_name(Phase::kDispatchPermit), "dispatch (permission)") == 0);
   CHECK(std::strcmp(phase_name(Phase::kCombineRows), "combine (rows)") == 0);
+  CHECK(std::strcmp(phase_name(Phase::kSendRoom), "send (room)") == 0);
+  CHECK(std::strcmp(phase_name(Phase::kSendPiece), "send (piece)") == 0);
   CHECK(std::strcmp(phase_name(static_cast<Phase>(999)), "unknown") == 0);
 }
 
