@@ -50,6 +50,10 @@ class CopyEngineTransport(PeerTransport):
     # What packs 59 MB in about 40 us; more brings little.
     default_num_sms = 16
 
+    @property
+    def comm_sms(self) -> int:
+        return 0
+
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
         self._copy_streams: dict[int, torch.cuda.Stream] = {}
