@@ -12,7 +12,9 @@ from dualpipe_ext.eplb.migrator import DEFAULT_SPARE_BYTES
 from dualpipe_ext.memory.ema import check_decay
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
+from dualpipe_ext.sms import AUTO, DEFAULT_MEANS
 from dualpipe_ext.timeouts import MAX_TIMEOUT_S
+from dualpipe_ext.training.tuning import check_sms
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +43,11 @@ class TrainConfig:
         spare_bytes: memory on each rank for experts on their way to it. A rebalancing that needs
             more takes several steps; one layer always gets what it needs.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
+        comm_sms: SMs that carry tokens, 0 for the copy engines; "auto" for a number that is found
+            on the first steps. Losses have the same bits with every number, but for ``sm_means``
+            whose results depend on it (with those, give a number).
+        sm_means: how compute beside communication is told, one of
+            :data:`dualpipe_ext.sms.MEANS`.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
         ema: decay of the parameters' average on the CPU, above 0 and below 1; None for no average.
         ema_dtype: of the average, "float32" or "bfloat16" (half the memory, rounded at random).
@@ -65,6 +72,8 @@ class TrainConfig:
     rebalance_every: int = 0
     spare_bytes: int = DEFAULT_SPARE_BYTES
     transport: str = "auto"
+    comm_sms: int | str = AUTO
+    sm_means: str = DEFAULT_MEANS
     dtype: str = "float32"
     ema: float | None = None
     ema_dtype: str = "float32"
@@ -103,6 +112,7 @@ class TrainConfig:
                 f"expected transport to be one of {', '.join(transport_names())}, "
                 f"got {self.transport!r}"
             )
+        check_sms(self.comm_sms, self.sm_means, self.transport)
         if self.pp > self.model.num_layers:  # before a plan of that size is made
             raise ValueError(
                 f"expected at least one layer per pipeline rank, got {self.model.num_layers} "
@@ -149,7 +159,8 @@ class TrainConfig:
         """What a checkpoint must agree on to be resumed bit for bit."""
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
         # transport or memory level; everything else decides what is in the checkpoint.
-        free = ("steps", "warmup", "transport", "timeout_s", "rebalance_every", "spare_bytes")
+        free = ("steps", "warmup", "timeout_s", "rebalance_every", "spare_bytes")
+        free += ("transport", "comm_sms", "sm_means")
         layout = {k: v for k, v in asdict(self).items() if k not in free}
         del layout["model"]["memory_level"]
         return layout
