@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.ep import autograd, ops, validate
+from dualpipe_ext.ep import autograd, ops, switching, validate
 from dualpipe_ext.ep.event import CommStream, Event
 from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
 from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.ep.registry import create_transport
 from dualpipe_ext.ep.tickets import make_ticket
-from dualpipe_ext.ep.transport import RouteOptions, TransportConfig
+from dualpipe_ext.ep.transport import RouteOptions, Transport, TransportConfig
 
 
 class Buffer:
@@ -44,7 +44,7 @@ class Buffer:
         transport: "auto" (the environment variable ``DUALPIPE_TRANSPORT`` if set, else the best
             available) or a name.
         num_sms: SMs that a communication kernel may take; 0 asks "auto" for the copy engines;
-            ignored by transports that have no kernels.
+            ignored by transports that have no kernels. :meth:`use_sms` changes it.
         num_slabs: zero-copy outputs that can be alive at once (:meth:`dispatch`).
         timeout_s: longest wait for another rank, in seconds.
         local: place of this thread among virtual ranks of one process
@@ -98,6 +98,8 @@ class Buffer:
         validate.check_config(self.config)
         self._transport = create_transport(transport, self.config)
         self._ticket = make_ticket(self._transport)
+        # Others that have been in use, by name.
+        self._others: dict[str, Transport] = {}
         self._comm_stream = CommStream()
 
     @property
@@ -106,13 +108,64 @@ class Buffer:
         return self._transport.name
 
     @property
+    def num_sms(self) -> int | None:
+        """SMs that carry rows to other GPUs: 0 with the copy engines, None with "collective"."""
+        return self._transport.comm_sms
+
+    def cannot_use_sms(self, num_sms: int) -> str | None:
+        """Why :meth:`use_sms` is not possible now, in one line; None if it is.
+
+        Called on all ranks, which get the same answer.
+        """
+        if self.num_sms is None:
+            return f"transport {self.transport!r} takes no SMs of its own"
+        name = switching.transport_for(num_sms).name
+        if name == self.transport or name in self._others:
+            return None
+        return switching.obstacle(num_sms, self.config)
+
+    def use_sms(self, num_sms: int) -> None:
+        """Carry rows with so many SMs from now on, by the copy engines with 0.
+
+        Called on all ranks, between two calls that are the same ones everywhere. From or to 0 this
+        changes the transport: results have the same bits, but handles stay with the transport that
+        made them. A backward uses the one of its forward; combines and cached dispatches of older
+        handles are refused until the number is back. So change it where no handle is in use:
+        between steps. The other transport keeps its memory until :meth:`forget_unused`.
+
+        Raises:
+            ValueError: this transport takes no SMs of its own, or the ranks cannot make the other.
+        """
+        validate.check_num_sms(num_sms)
+        reason = self.cannot_use_sms(num_sms)
+        if reason is not None:
+            raise ValueError(f"expected num_sms that can be used here, got {num_sms}: {reason}")
+        kind = switching.transport_for(num_sms)
+        if kind.name != self.transport:
+            self._others[self.transport] = self._transport
+            other = self._others.pop(kind.name, None)
+            self._transport = other or kind(switching.config_for(num_sms, self.config))
+            self._ticket = make_ticket(self._transport)
+        if isinstance(self._transport, switching.NVLinkTransport):
+            self._transport.use_sms(num_sms)
+
+    def forget_unused(self) -> None:
+        """Give up the memory of transports that are not in use; live handles keep theirs."""
+        self._others.clear()
+
+    @property
     def memory_bytes(self) -> int:
         """Communication memory that this rank holds on its device."""
-        return self._transport.memory_bytes
+        return sum(transport.memory_bytes for transport in self._transports)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this rank's communication memory, as zero-copy rows do."""
-        return self._transport.holds(tensor)
+        return any(transport.holds(tensor) for transport in self._transports)
+
+    @property
+    def _transports(self) -> tuple[Transport, ...]:
+        """The one in use, and the others."""
+        return self._transport, *self._others.values()
 
     def check(self) -> None:
         """Raise what kernels have reported since the last call; does not wait for them.
@@ -125,7 +178,8 @@ class Buffer:
             ValueError: a dispatch with ``max_recv_tokens`` had ids out of range (those choices
                 were dropped) or more rows than that (the rest was dropped).
         """
-        self._transport.check()
+        for transport in self._transports:
+            transport.check()
 
     def reset(self) -> None:
         """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks.
@@ -133,7 +187,8 @@ class Buffer:
         Handles and outputs of calls since the last clean :meth:`check` may be incomplete: drop
         them.
         """
-        self._transport.reset()
+        for transport in self._transports:
+            transport.reset()
 
     def dispatch(
         self,

@@ -37,6 +37,10 @@ class CopyEngineTransport(PeerTransport):
     # as many. SMs move some 45 GB/s each, so more of them take less time, not more SM time.
     default_num_sms = 16
 
+    @property
+    def comm_sms(self) -> int:
+        return 0
+
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
         self._expert_sms = self.num_sms

@@ -33,6 +33,18 @@ class NVLinkTransport(PeerTransport):
         super().__init__(config)
         self._plans: dict[tuple[object, ...], Any] = {}
 
+    @property
+    def comm_sms(self) -> int:
+        return self.num_sms
+
+    def use_sms(self, num_sms: int) -> None:
+        """Launch on so many SMs from now on, or on as many as there are; the same on all ranks.
+
+        Nothing on the device depends on the number of a launch before, nor does a handle.
+        """
+        self.num_sms = self.within_gpu(num_sms)
+        self.forget_plans()
+
     def dispatch(
         self,
         x: Tensor | Quantized,

@@ -53,19 +53,9 @@ class PeerTransport(Transport):
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
         c = core.module()
-        itemsize = config.dtype.itemsize
         self.core = c
-        self._kept_slabs = config.num_slabs if self.capabilities.zero_copy else 0
-        self._layout = c.WorkspaceLayout(
-            num_ranks=config.num_ranks,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            max_tokens=max(config.max_tokens, 1),
-            row_bytes=-(-config.hidden * itemsize // 16) * 16,
-            scale_bytes=config.hidden // BLOCK * 4 if config.hidden % BLOCK == 0 else 0,
-            weight_bytes=8 if config.dtype == torch.float64 else 4,
-            num_slabs=self.transit_slabs + self._kept_slabs,
-        )
+        self._kept_slabs = self._num_kept_slabs(config)
+        self._layout = self._layout_for(config)
         self._memory = memory.allocate(self._layout.bytes, config)
         self.addresses = self._memory.addresses
         self._table = c.PeerTable(self.addresses, bytes=self._layout.bytes)
@@ -95,6 +85,28 @@ class PeerTransport(Transport):
         if reason is None and config.num_local_experts > MAX_LOCAL_EXPERTS:
             reason = f"more than {MAX_LOCAL_EXPERTS} experts on a rank"
         return reason
+
+    @classmethod
+    def _num_kept_slabs(cls, config: TransportConfig) -> int:
+        return config.num_slabs if cls.capabilities.zero_copy else 0
+
+    @classmethod
+    def _layout_for(cls, config: TransportConfig) -> Any:
+        return core.module().WorkspaceLayout(
+            num_ranks=config.num_ranks,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            max_tokens=max(config.max_tokens, 1),
+            row_bytes=-(-config.hidden * config.dtype.itemsize // 16) * 16,
+            scale_bytes=config.hidden // BLOCK * 4 if config.hidden % BLOCK == 0 else 0,
+            weight_bytes=8 if config.dtype == torch.float64 else 4,
+            num_slabs=cls.transit_slabs + cls._num_kept_slabs(config),
+        )
+
+    @classmethod
+    def memory_needed(cls, config: TransportConfig) -> int:
+        """Bytes of the :attr:`memory_bytes` that one made with ``config`` would have."""
+        return cls._layout_for(config).bytes
 
     @property
     def memory_bytes(self) -> int:

@@ -117,6 +117,11 @@ class Transport(ABC):
         """Communication memory that this rank holds on its device."""
         return 0
 
+    @property
+    def comm_sms(self) -> int | None:
+        """SMs that carry rows to other GPUs, 0 for copy engines; None where nobody can say."""
+        return None
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in this rank's communication memory."""
         return False

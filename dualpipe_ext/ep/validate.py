@@ -33,7 +33,7 @@ def check_config(config: TransportConfig) -> None:
     _expect_int("max_tokens", config.max_tokens, least=0)
     _expect_int("num_slabs", config.num_slabs, least=0)
     if config.num_sms is not None:
-        _expect_int("num_sms", config.num_sms, least=0)
+        check_num_sms(config.num_sms)
     if config.dtype not in ROW_DTYPES:
         names = ", ".join(str(dtype) for dtype in ROW_DTYPES)
         raise ValueError(f"expected dtype to be one of {names}, got {config.dtype}")
@@ -45,6 +45,11 @@ def check_config(config: TransportConfig) -> None:
             f"got {config.num_experts}"
         )
     check_timeout(config.timeout_s)
+
+
+def check_num_sms(num_sms: object) -> None:
+    """Refuse what is no number of SMs."""
+    _expect_int("num_sms", num_sms, least=0)
 
 
 def check_x(x: Tensor, scales: Tensor | None, fp8: bool, transport: Transport) -> None:

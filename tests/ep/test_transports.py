@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.ep import fault_checks, gradient_checks, rank_checks, stress_checks, zero_copy_checks
+from tests.ep import (
+    fault_checks,
+    gradient_checks,
+    rank_checks,
+    stress_checks,
+    switching_checks,
+    zero_copy_checks,
+)
 from tests.ep.ranks import (
     COPY_ENGINE,
     COPY_ENGINE_PARTS,
@@ -101,6 +108,16 @@ def test_zero_copy(environment: Environment, num_ranks: int) -> None:
         zero_copy_checks.zero_copy_equals_reference,
         zero_copy_checks.slabs_come_and_go,
         zero_copy_checks.slabs_do_not_leak,
+    )
+
+
+@on(*GPU_TRANSPORTS)
+def test_other_numbers_of_sms(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
+        switching_checks.every_number_gives_the_same_bits,
+        switching_checks.a_backward_takes_the_transport_of_its_forward,
+        switching_checks.unused_memory_is_given_up,
     )
 
 
