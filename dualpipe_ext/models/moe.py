@@ -19,6 +19,7 @@ from dualpipe_ext.models.router import Router
 from dualpipe_ext.pipeline.fp8_linear import grouped_linear_fp8
 from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.weight_grad import grouped_linear
+from dualpipe_ext.sms import SMPartition
 
 
 class Experts(nn.Module):
@@ -29,6 +30,7 @@ class Experts(nn.Module):
         hidden, inner = config.hidden, config.expert_hidden
         self.memory = MemoryPlan.of_level(config.memory_level)
         self.fp8 = config.fp8_experts
+        self.partition: SMPartition | None = None  # says how many SMs the products take; None: all
         self.gate_up = nn.Parameter(torch.empty(num_local_slots, hidden, 2 * inner))
         self.down = nn.Parameter(torch.empty(num_local_slots, inner, hidden))
 
@@ -47,9 +49,10 @@ class Experts(nn.Module):
         # The FP8 layer keeps its rows in FP8 by itself.
         keeps_fp8 = self.memory.fp8_rows and not self.fp8 and torch.is_grad_enabled()
         kept_rows = in_fp8(rows) if keeps_fp8 else None
-        gate_up = multiply(rows, self.gate_up, offsets, kept=kept_rows)
+        max_sms = None if self.partition is None else self.partition.max_sms
+        gate_up = multiply(rows, self.gate_up, offsets, kept=kept_rows, max_sms=max_sms)
         activated, kept_activated = kept_swiglu(gate_up, weights, self.memory)
-        return multiply(activated, self.down, offsets, kept=kept_activated)
+        return multiply(activated, self.down, offsets, kept=kept_activated, max_sms=max_sms)
 
 
 class MoELayer(nn.Module):

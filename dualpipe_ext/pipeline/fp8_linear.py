@@ -28,7 +28,13 @@ from dualpipe_ext.kernels.fp8_gemm import (
     grouped_mm_fp8_weight_grad,
     quantize_weights,
 )
-from dualpipe_ext.pipeline.weight_grad import KeptInput, compute_dtype, take_or_defer
+from dualpipe_ext.pipeline.weight_grad import (
+    KeptInput,
+    MaxSms,
+    compute_dtype,
+    limit_now,
+    take_or_defer,
+)
 
 if TYPE_CHECKING:
     from dualpipe_ext.memory import Kept
@@ -91,7 +97,7 @@ class _GroupedLinearFp8(torch.autograd.Function):
         offsets: Tensor,
         dtype: torch.dtype,
         kept: Kept | None,
-        max_sms: int | None,
+        max_sms: MaxSms,
     ) -> Tensor:
         ctx.input_dtype, ctx.weight, ctx.max_sms = x.dtype, weight, max_sms
         rows = quantize(x, pow2_scales=True)
@@ -99,7 +105,8 @@ class _GroupedLinearFp8(torch.autograd.Function):
         # The weight for its version: changed before the backward, autograd refuses to go on.
         ctx.kept = _kept_rows(x, rows, kept)
         ctx.save_for_backward(weight, offsets, *ctx.kept.take())
-        return grouped_mm_fp8(rows, forward_weights, offsets, out_dtype=dtype, max_sms=max_sms)
+        how = {"out_dtype": dtype, "max_sms": limit_now(max_sms)}
+        return grouped_mm_fp8(rows, forward_weights, offsets, **how)
 
     @staticmethod
     @once_differentiable
@@ -110,13 +117,12 @@ class _GroupedLinearFp8(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             _, backward_weights = quantized_weights(owner)
-            grad_x = grouped_mm_fp8(
-                grads, backward_weights, offsets, out_dtype=ctx.input_dtype, max_sms=max_sms
-            )
+            how = {"out_dtype": ctx.input_dtype, "max_sms": limit_now(max_sms)}
+            grad_x = grouped_mm_fp8(grads, backward_weights, offsets, **how)
         if ctx.needs_input_grad[1]:
 
             def compute(rows: Quantized) -> Tensor:
-                how = {"out_dtype": owner.dtype, "max_sms": max_sms}
+                how = {"out_dtype": owner.dtype, "max_sms": limit_now(max_sms)}
                 return grouped_mm_fp8_weight_grad(rows, grads, offsets, **how)
 
             grad_weight = take_or_defer(owner, compute, ctx.kept, saved)
@@ -129,7 +135,7 @@ def grouped_linear_fp8(
     offsets: Tensor,
     *,
     kept: Kept | None = None,
-    max_sms: int | None = None,
+    max_sms: MaxSms = None,
 ) -> Tensor:
     """``grouped_linear`` with FP8 products, whose weight gradient can be deferred.
 
@@ -145,7 +151,8 @@ def grouped_linear_fp8(
             gradient.
         kept: keep ``x`` like this for the weight gradient, which quantises what it restores; by
             default as it was quantised for the product.
-        max_sms: SMs for the products, to leave the others to communication; None for all.
+        max_sms: SMs for the products, to leave the others to communication; None for all, and a
+            function is asked at every product.
 
     Returns:
         [M, N] in the dtype of ``x`` (that of autocast, under autocast).

@@ -30,6 +30,7 @@ from dualpipe_ext.pipeline.launch_order import Launch
 from dualpipe_ext.pipeline.pair_orders import PairOrders, Sample
 from dualpipe_ext.pipeline.stream_memory import StreamMemory
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from dualpipe_ext.sms import SMPartition
 
 
 @dataclass(frozen=True)
@@ -74,22 +75,34 @@ class Launcher:
     Args:
         device: of the stages.
         on_launch: called with ``name(F)``, ``name(B)`` or ``name(W)`` before every launch.
+        partition: is told what compute runs beside communication: that of pairs.
 
     Attributes:
-        orders: of the pairs that run here.
+        orders: of the pairs that run here, with the SMs divided as they are now.
     """
 
     def __init__(
-        self, device: torch.device, on_launch: Callable[[str], None] | None = None
+        self,
+        device: torch.device,
+        on_launch: Callable[[str], None] | None = None,
+        partition: SMPartition | None = None,
     ) -> None:
+        self._partition = partition
         self._device = device
         self._on_launch = on_launch
         # High priority: a communication kernel that starts late is a kernel nothing hides.
         self._comm = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._memory = StreamMemory()
         self._num_events = 0
-        self.orders = PairOrders()
+        # Times that orders follow from are those of one number of communication SMs.
+        self._orders: dict[int | None, PairOrders] = {}
+        self._use_orders_of(None if partition is None else partition.comm_sms)
+        if partition is not None:
+            partition.follow(self._use_orders_of)
         self._timed: tuple[Launch, Sample] | None = None
+
+    def _use_orders_of(self, comm_sms: int | None) -> None:
+        self.orders = self._orders.setdefault(comm_sms, PairOrders())
 
     def can_time(self) -> bool:
         """Whether launches go to two streams whose events tell the time."""
@@ -103,6 +116,14 @@ class Launcher:
             yield
         finally:
             self._timed = None
+
+    def step(self) -> AbstractContextManager[Any]:
+        """Around all launches of a step; what is current may be another stream in the body."""
+        return nullcontext() if self._partition is None else self._partition.step()
+
+    def paired(self) -> AbstractContextManager[Any]:
+        """Around the launches of a pair."""
+        return nullcontext() if self._partition is None else self._partition.beside()
 
     def start(self) -> _Chain:
         """A chain that begins with what the current stream has produced so far."""
@@ -354,17 +375,18 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
     order, sample = launcher.orders.begin(
         forward.phases, backward.phases, may_time=launcher.can_time() and backward.weights_in_parts
     )
-    for launch in order:
-        if launch.op == "W" and sample is not None:
-            for part in backward.parts(launch.index):
-                with launcher.timing(Launch("W", launch.index, part), sample):
-                    backward.run_weights(launch.index, part)
-        with launcher.timing(launch, None if launch.op == "W" else sample):
-            if launch.op == "F":
-                forward.run_forward(launch.index)
-            elif launch.op == "B":
-                backward.run_backward(launch.index, defer=True)
-            else:
-                backward.run_weights(launch.index, launch.part)
-    if backward.weights_in_parts:
-        backward.weights()  # what there is more than at the time of measuring
+    with launcher.paired():
+        for launch in order:
+            if launch.op == "W" and sample is not None:
+                for part in backward.parts(launch.index):
+                    with launcher.timing(Launch("W", launch.index, part), sample):
+                        backward.run_weights(launch.index, part)
+            with launcher.timing(launch, None if launch.op == "W" else sample):
+                if launch.op == "F":
+                    forward.run_forward(launch.index)
+                elif launch.op == "B":
+                    backward.run_backward(launch.index, defer=True)
+                else:
+                    backward.run_weights(launch.index, launch.part)
+        if backward.weights_in_parts:
+            backward.weights()  # what there is more than at the time of measuring

@@ -52,6 +52,7 @@ from dualpipe_ext.pipeline.plan import Plan, build_plan
 from dualpipe_ext.pipeline.stage import Criterion, LocalStage
 from dualpipe_ext.pipeline.timing import StepRecord, Stopwatch
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from dualpipe_ext.sms import SMPartition
 
 PlanFactory = Callable[..., Plan]
 
@@ -90,6 +91,7 @@ class Pipeline(nn.Module):
         record: keep the times of each step in ``last_step``.
         on_launch: called with the name of every phase before it is launched.
         weight_grads: keeps deferred weight gradients.
+        partition: is told when steps begin and end, and what runs in pairs.
 
     Attributes:
         stages: the modules.
@@ -118,6 +120,7 @@ class Pipeline(nn.Module):
         record: bool = False,
         on_launch: Callable[[str], None] | None = None,
         weight_grads: WeightGradStore | None = None,
+        partition: SMPartition | None = None,
     ) -> None:
         super().__init__()
         _check_options(kind, batch_dim)
@@ -144,7 +147,7 @@ class Pipeline(nn.Module):
                 f"expected {len(ids)} stage{'s' * (len(ids) > 1)} per rank for {layout.kind}, "
                 f"got {len(self.stages)}"
             )
-        self._launcher = Launcher(self._device, on_launch)
+        self._launcher = Launcher(self._device, on_launch, partition)
         self._local = {
             stage: LocalStage(module, self._launcher, self._store)
             for stage, module in zip(ids, self.stages, strict=True)
@@ -222,12 +225,13 @@ class Pipeline(nn.Module):
         training = torch.is_grad_enabled()
         batch = self._batch(plan, inputs, criterion, labels, return_outputs, training)
         try:
-            with self._synced_grads(plan) if training and self._sync else nullcontext():
-                self._run(plan, batch, training)
-            if any(batch.needs_grad):
-                grads = [batch.input_grads[chunk] for chunk in sorted(batch.input_grads)]
-                microbatch.backward_inputs(inputs, grads, self.batch_dim)
-            self._launcher.settle()
+            with self._launcher.step():
+                with self._synced_grads(plan) if training and self._sync else nullcontext():
+                    self._run(plan, batch, training)
+                if any(batch.needs_grad):
+                    grads = [batch.input_grads[chunk] for chunk in sorted(batch.input_grads)]
+                    microbatch.backward_inputs(inputs, grads, self.batch_dim)
+                self._launcher.settle()
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             self._store.clear()

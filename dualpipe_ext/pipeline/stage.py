@@ -114,16 +114,17 @@ def overlap(
     if one_type and forward_stage.hook is not None and not forward_stage.offers_phases:
         roots, grads = backward.take_roots()
         loss = roots[0] if backward_has_loss else None
-        outputs, new_loss = forward_stage.hook(
-            forward_stage.module,
-            list(forward.inputs),
-            criterion,
-            list(labels),
-            backward_stage.module,
-            loss,
-            [] if backward_has_loss else roots,
-            [] if backward_has_loss else grads,
-        )
+        with forward.launcher.paired():
+            outputs, new_loss = forward_stage.hook(
+                forward_stage.module,
+                list(forward.inputs),
+                criterion,
+                list(labels),
+                backward_stage.module,
+                loss,
+                [] if backward_has_loss else roots,
+                [] if backward_has_loss else grads,
+            )
         outputs = as_tuple(outputs)
         forward.leave(outputs if criterion is None else (_checked_loss(new_loss), *outputs))
         return

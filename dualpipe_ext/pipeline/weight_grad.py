@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 # for CUDA, autograd runs the backward on a thread of its own while the caller waits.
 _deferred: list[Callable[[], None]] | None = None
 
+# SMs for a product: a number, None for all, or what is asked whenever a product is launched, since
+# the backward of a layer may have other things beside it than its forward.
+MaxSms = int | Callable[[], int | None] | None
+
 
 class WeightGradStore:
     """Deferred weight gradients, kept under the key of the backward that deferred them.
@@ -165,6 +169,11 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
+def limit_now(max_sms: MaxSms) -> int | None:
+    """SMs for a product that is launched now."""
+    return max_sms() if callable(max_sms) else max_sms
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute in, which leaves float64 alone as autocast does."""
     device = x.device.type
@@ -222,13 +231,13 @@ class _GroupedLinear(torch.autograd.Function):
         offsets: Tensor,
         dtype: torch.dtype,
         kept: Kept | None,
-        max_sms: int | None,
+        max_sms: MaxSms,
     ) -> Tensor:
         ctx.input_dtype, ctx.weight, ctx.max_sms = x.dtype, weight, max_sms
         x = x.to(dtype)
         ctx.kept = _kept_input(x, kept)
         ctx.save_for_backward(weight, offsets, *ctx.kept.take())
-        return grouped_mm(x, weight.to(dtype), offsets, max_sms=max_sms)
+        return grouped_mm(x, weight.to(dtype), offsets, max_sms=limit_now(max_sms))
 
     @staticmethod
     @once_differentiable
@@ -239,11 +248,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             turned = weight.to(grad.dtype).transpose(1, 2)
-            grad_x = grouped_mm(grad, turned, offsets, max_sms=max_sms).to(ctx.input_dtype)
+            limit = limit_now(max_sms)
+            grad_x = grouped_mm(grad, turned, offsets, max_sms=limit).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
 
             def compute(x: Tensor) -> Tensor:
-                return grouped_mm_weight_grad(x, grad, offsets, max_sms=max_sms).to(owner.dtype)
+                limit = limit_now(max_sms)
+                return grouped_mm_weight_grad(x, grad, offsets, max_sms=limit).to(owner.dtype)
 
             grad_weight = take_or_defer(owner, compute, kept, saved)
         return grad_x, grad_weight, None, None, None, None
@@ -279,7 +290,7 @@ def grouped_linear(
     offsets: Tensor,
     *,
     kept: Kept | None = None,
-    max_sms: int | None = None,
+    max_sms: MaxSms = None,
 ) -> Tensor:
     """A linear layer per group of rows, whose weight gradient can be deferred.
 
@@ -290,7 +301,8 @@ def grouped_linear(
             gradient.
         kept: keep ``x`` like this for the weight gradient; by default as it is.
         max_sms: SMs for the products, to leave the others to communication; see
-            ``dualpipe_ext.kernels.grouped_gemm``. None for all.
+            ``dualpipe_ext.kernels.grouped_gemm``. None for all; a function is asked at every
+            product, those of the backward included.
 
     Returns:
         [M, N].

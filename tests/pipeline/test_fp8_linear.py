@@ -221,3 +221,22 @@ def test_bad_sizes():
         grouped_linear_fp8(x, w[..., :100], OFFSETS)
     with pytest.raises(ValueError, match="max_sms of at least 1"):
         grouped_linear_fp8(x, w, OFFSETS, max_sms=0)
+
+
+def test_a_limit_is_asked_for_at_every_product(monkeypatch):
+    from dualpipe_ext.pipeline import fp8_linear
+
+    limits, asked = [], iter((7, 8, 9))
+    for name in ("grouped_mm_fp8", "grouped_mm_fp8_weight_grad"):
+        real = getattr(fp8_linear, name)
+
+        def limited(*args, real=real, max_sms, **how):
+            limits.append(max_sms)
+            return real(*args, **how)
+
+        monkeypatch.setattr(fp8_linear, name, limited)
+    x, w, grad = leaves()
+    out = grouped_linear_fp8(x, w, OFFSETS, max_sms=lambda: next(asked))
+    assert limits == [7]
+    out.backward(grad)
+    assert limits == [7, 8, 9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -238,6 +239,67 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     _assert_same_grads(_grads(module), _grads(plain), exact=True)
     # attention has one weight that waits, mlp two.
     assert sum(name == "mlp(W)" for name in launches) == (4 if parts_known else 2)
+
+
+class Told:
+    """A partition that writes down what it is told."""
+
+    comm_sms = 24
+
+    def __init__(self):
+        self.now = []
+        self.follow = lambda follower: setattr(self, "set", follower)
+
+    @contextmanager
+    def _inside(self, name):
+        self.now.append(name)
+        yield
+        assert self.now.pop() == name
+
+    def step(self):
+        return self._inside("step")
+
+    def beside(self):
+        return self._inside("beside")
+
+
+def test_only_pairs_run_beside_communication():
+    told, places = Told(), []
+    launcher = Launcher(torch.device("cpu"), lambda name: places.append(tuple(told.now)), told)
+    module, store = defer_weight_grads(Layer().double()), WeightGradStore()
+    x = torch.randn(4, H).double()
+    graphs = [
+        ChunkGraph(module.phases(), (x,), (True,), launcher=launcher, store=store, key=key)
+        for key in range(2)
+    ]
+    graphs[0].forward()
+    graphs[0].take_outputs()
+    assert set(places) == {()}
+    places.clear()
+    graphs[0].start_backward([x])
+    with launcher.step():
+        run_pair(graphs[1], graphs[0])
+    assert set(places) == {("step", "beside")}
+    assert len(places) == len(_names(graphs[1].phases, graphs[0].phases))
+    places.clear()
+    graphs[1].take_outputs()
+    graphs[1].start_backward([x])
+    graphs[1].backward(defer=True)
+    graphs[1].weights()
+    assert set(places) == {()}
+
+
+def test_launch_orders_belong_to_a_number_of_sms():
+    told = Told()
+    launcher = Launcher(torch.device("cpu"), partition=told)
+    with_24 = launcher.orders
+    told.set(8)
+    with_8 = launcher.orders
+    assert with_8 is not with_24
+    told.set(24)
+    assert launcher.orders is with_24
+    told.set(8)
+    assert launcher.orders is with_8
 
 
 def test_input_only_backward_then_weights():

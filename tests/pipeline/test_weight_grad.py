@@ -286,3 +286,31 @@ def test_computing_in_another_dtype():
     for got, want in zip(kept, plain, strict=True):
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_limit_is_asked_for_at_every_product(deferred, monkeypatch):
+    from dualpipe_ext.pipeline import weight_grad
+
+    limits, asked = [], iter((7, 8, 9))
+    for name in ("grouped_mm", "grouped_mm_weight_grad"):
+        real = getattr(weight_grad, name)
+
+        def limited(*args, real=real, max_sms):
+            limits.append(max_sms)
+            return real(*args)
+
+        monkeypatch.setattr(weight_grad, name, limited)
+    x, w = _leaves(torch.float32, (5, 3), (2, 3, 4))
+    store = WeightGradStore()
+    offsets = torch.tensor([2, 5], dtype=torch.int32)
+    out = grouped_linear(x, w, offsets, max_sms=lambda: next(asked))
+    assert limits == [7]
+    if deferred:
+        with store.deferring("key"):
+            out.sum().backward()
+        assert limits == [7, 8]
+        store.run("key")
+    else:
+        out.sum().backward()
+    assert limits == [7, 8, 9]
