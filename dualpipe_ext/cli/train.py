@@ -105,6 +105,20 @@ def command(
             rich_help_panel=_PARALLEL,
         ),
     ] = "auto",
+    comm_sms: Annotated[
+        str,
+        typer.Option(
+            help="SMs that carry tokens; 0: the copy engines; auto: found on the first steps.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = "auto",
+    sm_means: Annotated[
+        str | None,
+        typer.Option(
+            help="How compute beside them is told: none, persistent, carve_out or green_context.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = None,
     redundant_experts: Annotated[
         int | None,
         typer.Option(
@@ -164,6 +178,7 @@ def command(
     """
     # Here, not at the top: --help must not wait for torch.
     from dualpipe_ext.models import PRESETS
+    from dualpipe_ext.sms import DEFAULT_MEANS
     from dualpipe_ext.training import RunOptions, TrainConfig
     from dualpipe_ext.training.compare import unbalanced
 
@@ -197,6 +212,8 @@ def command(
         spare_bytes=spare_mib << 20,
         transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
         stage_transport=stage_transport,
+        comm_sms=_comm_sms(comm_sms, on_gpus=on_gpus),
+        sm_means=DEFAULT_MEANS if sm_means is None else sm_means,
         dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
         ema=ema,
         ema_dtype=ema_dtype,
@@ -218,6 +235,17 @@ def command(
     if os.environ.get("RANK", "0") == "0":
         _make_folder(options.out)
     _start(config, options)
+
+
+def _comm_sms(text: str, *, on_gpus: bool) -> int | str:
+    """What ``--comm-sms`` says."""
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"expected --comm-sms of auto or a number of at least 0, got {text!r}")
+    if not on_gpus:
+        raise ValueError(f"expected --comm-sms auto without GPUs, which have the SMs, got {text}")
+    return int(text)
 
 
 def _check_data(data: Path | None, seq_len: int) -> None:

@@ -13,7 +13,9 @@ from dualpipe_ext.memory.ema import check_decay
 from dualpipe_ext.models import ModelConfig, split_layers
 from dualpipe_ext.pipeline import Plan, build_plan
 from dualpipe_ext.pipeline.connections import TRANSPORTS
+from dualpipe_ext.sms import AUTO, DEFAULT_MEANS
 from dualpipe_ext.timeouts import MAX_TIMEOUT_S
+from dualpipe_ext.training.tuning import check_sms
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,6 +46,11 @@ class TrainConfig:
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
         stage_transport: how tensors travel from stage to stage: "copy_engine", "collective", or
             "auto" for the first of these that the pipeline ranks can use.
+        comm_sms: SMs that carry tokens, 0 for the copy engines; "auto" for a number that is found
+            on the first steps. Losses have the same bits with every number, but for ``sm_means``
+            whose results depend on it (with those, give a number).
+        sm_means: how compute beside communication is told, one of
+            :data:`dualpipe_ext.sms.MEANS`.
         dtype: "float32", "bfloat16" (with float32 master weights) or "float64".
         ema: decay of the parameters' average on the CPU, above 0 and below 1; None for no average.
         ema_dtype: of the average, "float32" or "bfloat16" (half the memory, rounded at random).
@@ -69,6 +76,8 @@ class TrainConfig:
     spare_bytes: int = DEFAULT_SPARE_BYTES
     transport: str = "auto"
     stage_transport: str = "auto"
+    comm_sms: int | str = AUTO
+    sm_means: str = DEFAULT_MEANS
     dtype: str = "float32"
     ema: float | None = None
     ema_dtype: str = "float32"
@@ -112,6 +121,7 @@ class TrainConfig:
                 f"expected stage_transport to be one of {', '.join(TRANSPORTS)}, "
                 f"got {self.stage_transport!r}"
             )
+        check_sms(self.comm_sms, self.sm_means, self.transport)
         if self.pp > self.model.num_layers:  # before a plan of that size is made
             raise ValueError(
                 f"expected at least one layer per pipeline rank, got {self.model.num_layers} "
@@ -159,7 +169,7 @@ class TrainConfig:
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
         # transport or memory level; everything else decides what is in the checkpoint.
         free = {"steps", "warmup", "timeout_s", "rebalance_every", "spare_bytes"}
-        free |= {"transport", "stage_transport"}
+        free |= {"transport", "stage_transport", "comm_sms", "sm_means"}
         layout = {k: v for k, v in asdict(self).items() if k not in free}
         del layout["model"]["memory_level"]
         return layout

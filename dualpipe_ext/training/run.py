@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from dualpipe_ext.training.progress import (
     summarize,
 )
 from dualpipe_ext.training.trainer import StepReport, Trainer
+from dualpipe_ext.training.tuning import described, times_tried, tuning_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,13 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
     if options.resume is not None:
         checkpoint.check_layout(options.resume, config.layout())
         trainer.load_state_dict(checkpoint.load(options.resume))
+    trainer.start_tuning()
     losses: list[float] = []
     with _Reporter(trainer, options) as reporter:
         while trainer.steps_done < config.steps:
             report = trainer.step()
             losses.append(report.loss)
-            reporter.step(report)
+            reporter.step(report, trainer)
             last = trainer.steps_done == config.steps
             if last or (options.save_every and trainer.steps_done % options.save_every == 0):
                 checkpoint.save(
@@ -89,6 +91,9 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
             reporter.finish()
             return losses
         weights = weights_without_replicas(trainer)
+        # Both sides of the comparison communicate alike.
+        if trainer.partition.comm_sms is not None:
+            config = replace(config, comm_sms=trainer.partition.comm_sms)
         trainer.close()
         del trainer  # its memory is needed for the next one
         steps = WARM_UP + min(COMPARED_STEPS, config.steps)
@@ -107,6 +112,7 @@ class _Reporter:
         if not self._active:
             return
         self._facts = _facts_of(trainer)
+        self._told_tuning = False
         self._predicted_bubble = simulate(trainer.plan).bubble_ratio
         self._comparison: Comparison | None = None
         options.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,7 @@ class _Reporter:
     def __enter__(self) -> _Reporter:
         if self._active:
             for name, value in self._facts.items():
-                self._console.print(f"{name:>12}  {value}", highlight=False)
+                self._console.print(f"{name:>13}  {value}", highlight=False)
             self._display.__enter__()
         return self
 
@@ -128,10 +134,19 @@ class _Reporter:
             self._display.__exit__(*exc)
             self._metrics.close()
 
-    def step(self, report: StepReport) -> None:
-        if self._active:
-            self._metrics.add(report)
-            self._display.update(report)
+    def step(self, report: StepReport, trainer: Trainer) -> None:
+        if not self._active:
+            return
+        self._metrics.add(report)
+        self._display.update(report)
+        tuner = trainer.tuner
+        if tuner is not None and tuner.done and not self._told_tuning:
+            self._told_tuning = True
+            head = f"step {report.step:>5}/{trainer.config.steps}  SMs that communicate:"
+            self._console.print(head, highlight=False)
+            for line in tuning_lines(tuner.result):
+                self._console.print(f"            {line}", highlight=False, soft_wrap=True)
+            self._facts = {**_facts_of(trainer), "SMs tried": times_tried(tuner.result)}
 
     def end_of_steps(self) -> None:
         """The run itself is over."""
@@ -178,6 +193,7 @@ def _facts_of(trainer: Trainer) -> dict[str, str]:
         schedule=f"{config.schedule}, {config.pp} pipeline x {config.ep} expert-parallel ranks",
         transport=trainer.buffer.transport,
         stage_sends=trainer.pipeline.transport,
+        communication=described(trainer.partition, trainer.tuner),
         experts=(
             f"{config.model.num_experts} (top {config.model.top_k}) "
             f"in {config.num_slots} slots per layer"

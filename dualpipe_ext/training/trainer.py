@@ -20,11 +20,13 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage, initialize, split_layers
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
+from dualpipe_ext.sms import AUTO, SMPartition, SMTuner, set_partition
 from dualpipe_ext.training.average import TrainingAverage
 from dualpipe_ext.training.config import DTYPES, TrainConfig
 from dualpipe_ext.training.data import ByteBatches
 from dualpipe_ext.training.experts import ExpertBalancer, LocalLayer
 from dualpipe_ext.training.optimizer import MasterAdamW, learning_rate
+from dualpipe_ext.training.tuning import join, make_tuner
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,11 @@ class Trainer:
         mesh = init_device_mesh(device.type, (config.pp, config.ep), mesh_dim_names=("pp", "ep"))
         self._pp_group, self._ep_group = mesh.get_group("pp"), mesh.get_group("ep")
         self._pp_rank, self._ep_rank = mesh.get_local_rank("pp"), mesh.get_local_rank("ep")
+        self.partition = SMPartition(config.comm_sms, means=config.sm_means, device=device)
+        self.tuner: SMTuner | None = None
+        self._may_tune = True
         self.buffer = self._make_buffer()
+        join(self.partition, self.buffer)
         self.stages = self._make_stages()
         self.balancer = ExpertBalancer(
             config, self._moe_layers(), group=self._ep_group, device=device
@@ -103,6 +109,7 @@ class Trainer:
             transport=config.stage_transport,
             timeout_s=config.timeout_s,
             record=True,
+            partition=self.partition,
         )
         self.average: TrainingAverage | None = None
         if config.ema is not None:
@@ -127,6 +134,7 @@ class Trainer:
             max_tokens=config.micro_batch * config.seq_len,
             dtype=DTYPES[config.dtype],
             transport=config.transport,
+            num_sms=None if config.comm_sms == AUTO else config.comm_sms,
             num_slabs=0,
             timeout_s=config.timeout_s,
         )
@@ -145,6 +153,7 @@ class Trainer:
             for layer in stage.layers.values():
                 # Routing is decided in float32 at least, so its weight and bias are kept in it.
                 layer.router.to(torch.promote_types(dtype, torch.float32))
+            set_partition(stage, self.partition)
             stages.append(defer_weight_grads(stage))
         return stages
 
@@ -170,6 +179,7 @@ class Trainer:
 
     def step(self) -> StepReport:
         """Take one optimizer step; every rank returns the same loss, bubble and balance."""
+        self.start_tuning()
         started = time.perf_counter()
         config = self.config
         loss = self._forward_backward(self.steps_done)
@@ -192,7 +202,7 @@ class Trainer:
         if config.rebalance_every and self.steps_done % config.rebalance_every == 0:
             verdict = self.balancer.plan()
         self.balancer.start_moves()
-        return StepReport(
+        report = StepReport(
             step=self.steps_done,
             loss=loss,
             seconds=time.perf_counter() - started,
@@ -207,6 +217,18 @@ class Trainer:
             saved_s=0.0 if verdict is None else verdict.saved_s,
             cost_s=0.0 if verdict is None else verdict.cost_s,
         )
+        if self.tuner is not None:
+            # The statistics have waited for forward and backward, whose time is what differs.
+            self.tuner.observe(report.seconds)
+        return report
+
+    def start_tuning(self) -> None:
+        """Before the first step, which does it too: then it is known how many are to come."""
+        if self._may_tune:
+            self._may_tune = False
+            to_come = self.config.steps - self.steps_done
+            how = (self.partition, self.buffer, self.config.transport)
+            self.tuner = make_tuner(*how, steps=to_come, device=self.device)
 
     def _average_following_moves(self) -> AbstractContextManager[None]:
         if self.average is None or not self.balancer.switching:

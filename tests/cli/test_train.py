@@ -48,6 +48,8 @@ def test_a_run_leaves_metrics_plot_summary_and_checkpoint(tmp_path: Path):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["transport"] == "collective"
     assert summary["stage sends"] == "collective"
+    assert summary["communication"] == "none of its own"
+    assert "communication  none of its own" in done.stdout
     assert "2 pipeline x 2 expert-parallel" in done.stdout
     assert "bubble" in done.stdout
     assert (run / "checkpoints" / "step-00000006" / "rank-00003.pt").is_file()
@@ -138,6 +140,12 @@ def test_a_run_is_compared_with_one_that_nobody_balances(tmp_path: Path):
         (["--model=huge"], "expected --model of tiny, small, got 'huge'"),
         (["--transport=pigeon"], "pigeon"),
         (["--stage-transport=pigeon"], "pigeon"),
+        (["--comm-sms=many"], "expected --comm-sms of auto or a number of at least 0, got 'many'"),
+        (["--comm-sms=-1"], "expected --comm-sms of auto or a number of at least 0, got '-1'"),
+        (["--comm-sms="], "expected --comm-sms of auto or a number of at least 0, got ''"),
+        (["--comm-sms=8"], "expected --comm-sms auto without GPUs, which have the SMs, got 8"),
+        (["--sm-means=loud"], "expected sm_means to be one of none, persistent, carve_out, green"),
+        (["--sm-means=carve_out"], "with comm_sms='auto', got 'carve_out'; give a number"),
         (["--steps=many"], "'--steps'"),
         (["--dtype="], "expected a dtype of float64, float32, bfloat16, got ''"),
         (["--model="], "expected --model of tiny, small, got ''"),
