@@ -14,6 +14,7 @@ import torch
 
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.pipeline.plan import KINDS, build_plan
+from dualpipe_ext.sms import DEFAULT_MEANS, MEANS
 
 OK, FAILED, ERROR, UNAVAILABLE = "ok", "FAILED", "error", "unavailable"
 PARTS = ("pair", "steps")
@@ -33,6 +34,8 @@ class PipelineOptions:
         dtype: of the model.
         transports: the pair is measured with each.
         sms: communication SMs, for transports that take some.
+        sm_means: how compute beside them is told, of :data:`dualpipe_ext.sms.MEANS`; the pair is
+            measured with each.
         throttle: measure the pair also with communication as long as compute.
         schedules: of the steps.
         ep: expert-parallel ranks of the steps; the others are pipeline ranks.
@@ -61,6 +64,7 @@ class PipelineOptions:
     num_chunks: int
     rounds: int
     calls: int
+    sm_means: tuple[str, ...] = (DEFAULT_MEANS,)
     peak_tflops: float = PEAK_TFLOPS
     picture: Path | None = None
 
@@ -84,6 +88,9 @@ class PipelineOptions:
         for part in self.parts or ("nothing",):
             if part not in PARTS:
                 raise ValueError(f"expected --parts of {', '.join(PARTS)}, got {part!r}")
+        for means in self.sm_means or ("nothing",):
+            if means not in MEANS:
+                raise ValueError(f"expected --sm-means of {', '.join(MEANS)}, got {means!r}")
         if "pair" in self.parts and self.model.num_experts % num_ranks:
             raise ValueError(
                 f"expected --experts to be a multiple of {num_ranks} ranks, "
@@ -166,6 +173,10 @@ class PipelineRow:
     rounds: int
     transport: str
     num_sms: int | None = None
+    sm_means: str = "none"
+    """How compute beside communication is told of the SMs that are taken."""
+    compute_sms: int | None = None
+    """SMs that it is told to take; None if it is not told."""
     status: str = OK
     reason: str = ""
     # Pairs.

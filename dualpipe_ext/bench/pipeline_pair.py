@@ -7,7 +7,8 @@ the same gradients, the link throttled until communication takes as long as comp
 - comm: the calls that the pair makes of the transport, in its order, and nothing else.
 - serial: the forward, then the backward, on one stream.
 - pair: ``run_pair`` on two streams, weight gradients deferred to where they hide most: in the
-  launch order that the times of the first pairs asked for.
+  launch order that the times of the first pairs asked for. Compute is told of the SMs that
+  communication takes by the means that are measured.
 
 Every call runs one forward and one backward, that of the chunk whose forward the call before ran.
 Gradients add up in ``.grad``, as over the micro-batches of a step.
@@ -37,6 +38,7 @@ from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
 from dualpipe_ext.pipeline.pair_orders import NUM_SAMPLES, WARM_UP
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from dualpipe_ext.sms import SMPartition, set_partition
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 FORMS = ("compute", "comm", "serial", "pair")
@@ -129,6 +131,7 @@ class PairBench:
         stage: its layers use ``buffer`` from now on.
         buffer: for this alone: its transport is tampered with.
         on_launch: called with the name of every phase before it is launched.
+        partition: tells the pair's compute how many SMs communicate; nobody if not given.
     """
 
     def __init__(
@@ -138,14 +141,17 @@ class PairBench:
         stage: LanguageModelStage,
         buffer: Buffer,
         on_launch: Callable[[str], None] | None = None,
+        partition: SMPartition | None = None,
     ) -> None:
+        self._partition = partition or SMPartition(0, means="none", device=ranks.device)
+        set_partition(stage, partition)
         self._ranks, self._options, self._stage = ranks, options, stage
         self.link, self._buffer = Link(buffer), buffer
         for layer in stage.layers.values():
             layer.buffer = buffer
         inputs = [draw(ranks, options, seed) for seed in range(_INPUTS)]
         grad = draw(ranks, options, _INPUTS)
-        self._launcher = launcher = Launcher(ranks.device, on_launch)
+        self._launcher = launcher = Launcher(ranks.device, on_launch, partition)
         two_streams = stage.phases()
         one_stream = [replace(phase, stream="compute") for phase in two_streams]
         self._serial = _Chunks(one_stream, inputs, grad, _one_after_the_other, launcher)
@@ -163,21 +169,26 @@ class PairBench:
     def calls(self) -> dict[str, timing.Call]:
         """The four forms, ready to be called over and over."""
         if not self._pair.started:
-            self._pair.start()
+            with self._partition.step():
+                self._pair.start()
         if not self._serial.started:
             self._serial.start()
         if not self._compute.started:
             self._without_link(self._compute.start)
         if self._moved is None:
             with self.link.recording() as self._moved:
-                self._pair()
+                self._run_pair()
         found = (
             lambda: self._without_link(self._compute),
             self._moved.replay,
             self._serial,
-            self._pair,
+            self._run_pair,
         )
         return dict(zip(FORMS, found, strict=True))
+
+    def _run_pair(self) -> None:
+        with self._partition.step():
+            self._pair()
 
     def _without_link(self, work: Callable[[], object]) -> None:
         with self.link.taken_out(self._handles[self._compute.next_input]):
@@ -200,7 +211,8 @@ class PairBench:
             WrongResultError: an output, or a gradient, differs.
         """
         self._stage.zero_grad()
-        with deterministic():
+        # Both told alike: some means make libraries take other kernels, which round differently.
+        with deterministic(), self._partition.step(), self._partition.beside():
             results = []
             for form, sign in ((self._serial, 1), (self._pair, -1)):
                 form.stop()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.profiling.picture import draw_overlap
 from dualpipe_ext.profiling.report import analyze
+from dualpipe_ext.sms import SMPartition
 
 
 def run(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
@@ -55,16 +57,26 @@ class _Pairs:
     def all(self) -> list[PipelineRow]:
         # With SMs and transports as the options of ``bench ep`` have them.
         for variant in variants(self._options):
-            say(self._ranks, variant.label)
-            try:
-                buffer = self._ranks.together(lambda variant=variant: self._buffer(variant))
-            except ProblemError as problem:
-                self._rows.append(self._row(variant, status=UNAVAILABLE, reason=str(problem)))
-                continue
-            self._variant(variant, buffer)
-            del buffer
-            _free(self._ranks)
+            # Where no SM is taken there is nothing to tell.
+            for means in self._options.sm_means if variant.num_sms else ("none",):
+                self._told(variant, means)
+                _free(self._ranks)
         return self._rows
+
+    def _told(self, variant: Variant, means: str) -> None:
+        """The rows of one transport and one way to tell compute of it."""
+        say(self._ranks, variant.label, means)
+        try:
+            buffer = self._ranks.together(lambda: self._buffer(variant))
+            partition = self._ranks.together(lambda: self._partition(variant, means))
+        except ProblemError as problem:
+            row = self._row(variant, sm_means=means, status=UNAVAILABLE, reason=str(problem))
+            self._rows.append(row)
+            return
+        self._variant(variant, buffer, partition)
+
+    def _partition(self, variant: Variant, means: str) -> SMPartition:
+        return SMPartition(variant.num_sms or 0, means=means, device=self._ranks.device)
 
     def _buffer(self, variant: Variant) -> Buffer:
         options = self._options
@@ -79,11 +91,13 @@ class _Pairs:
             num_slabs=0,
         )
 
-    def _variant(self, variant: Variant, buffer: Buffer) -> None:
-        """The rows of one transport: the link as it is, and throttled."""
-        notes = PhaseNotes()
+    def _variant(self, variant: Variant, buffer: Buffer, partition: SMPartition) -> None:
+        """The link as it is, and throttled."""
+        notes, told = PhaseNotes(), {"sm_means": partition.means}
+        if partition.means != "none":
+            told["compute_sms"] = partition.compute_sms
         try:
-            bench = self._ranks.together(lambda: self._bench(buffer, notes))
+            bench = self._ranks.together(lambda: self._bench(buffer, notes, partition))
             for throttled in (False, True) if self._options.throttle else (False,):
                 say(self._ranks, variant.label, "throttled" if throttled else "as it is")
                 if throttled and not self._ranks.together(bench.throttle):
@@ -91,15 +105,15 @@ class _Pairs:
                 if not throttled:
                     self._ranks.together(bench.settle)
                 self._ranks.together(bench.check)
-                row = self._row(variant)
+                row = self._row(variant, **told)
                 self._measure(bench, row, notes)
                 self._rows.append(row)
         except ProblemError as problem:
             wrong = WrongResultError.__name__ in str(problem)
             status = FAILED if wrong else ERROR
-            self._rows.append(self._row(variant, status=status, reason=str(problem)))
+            self._rows.append(self._row(variant, **told, status=status, reason=str(problem)))
 
-    def _bench(self, buffer: Buffer, notes: PhaseNotes) -> PairBench:
+    def _bench(self, buffer: Buffer, notes: PhaseNotes, partition: SMPartition) -> PairBench:
         options = self._options
         if self._stage is None:
             self._stage = middle_stage(
@@ -109,7 +123,7 @@ class _Pairs:
                 dtype=options.dtype,
                 device=self._ranks.device,
             )
-        return PairBench(self._ranks, options, self._stage, buffer, notes)
+        return PairBench(self._ranks, options, self._stage, buffer, notes, partition)
 
     def _measure(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         times = self._ranks.together(bench.measure)
@@ -140,11 +154,12 @@ class _Pairs:
         row.comm_ctas = report.comm_ctas
         picture = self._options.picture
         if picture is not None and self._ranks.rank == 0:
-            label = "-".join(str(part) for part in (row.transport, row.num_sms) if part)
+            means = None if row.sm_means == "none" else row.sm_means
+            label = "-".join(str(part) for part in (row.transport, row.num_sms, means) if part)
             throttled = "" if row.repeats == 1 else "-throttled"
             draw_overlap(trace, report, picture.with_stem(f"{picture.stem}-{label}{throttled}"))
 
-    def _row(self, variant: Variant, **values: str) -> PipelineRow:
+    def _row(self, variant: Variant, **values: Any) -> PipelineRow:
         options = self._options
         return new_row(
             options,

@@ -25,14 +25,19 @@ def print_rows(rows: Sequence[Row]) -> None:
     """Pairs, then steps, then what went wrong; in 80 columns."""
     console = Console(highlight=False)
     good = [row for row in rows if row["status"] == OK]
-    _print(console, "A forward and a backward, ms", _PAIR, [r for r in good if r["part"] == "pair"])
+    pairs = [row for row in good if row["part"] == "pair"]
+    for means in dict.fromkeys(row["sm_means"] for row in pairs):
+        told = "" if means == "none" else f", SMs told by {means}"
+        rows_of = [row for row in pairs if row["sm_means"] == means]
+        _print(console, f"A forward and a backward, ms{told}", _PAIR, rows_of)
     if any(row["part"] == "pair" for row in good):
         console.print(_LEGEND, style="dim")
     _print(console, "Steps", _STEP, [r for r in good if r["part"] == "step"])
     for row in rows:
         if row["reason"]:
             status = "note" if row["status"] == OK else row["status"]
-            what = row["schedule"] or _label(row)
+            told = "" if row["sm_means"] == "none" else f", {row['sm_means']}"
+            what = row["schedule"] or _label(row) + told
             console.print(f"{status}: {what}: {row['reason']}", markup=False)
 
 

@@ -14,6 +14,8 @@ from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import ModelConfig
+from dualpipe_ext.sms import SMPartition
+from tests.ep.test_switching import played
 
 MODEL = ModelConfig(
     hidden=64,
@@ -116,6 +118,25 @@ def all_kinds(ranks: Ranks, options: PipelineOptions) -> list[list[PipelineRow]]
         found.append(pipeline_run.run(ranks, steps))
     found.append(pipeline_run.run(ranks, replace(pairs, transports=("nvlink", "collective"))))
     return found
+
+
+def told_by_all_means(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
+    """Pairs over transports that are played, compute told by each means; one is not there."""
+    options = replace(
+        options,
+        parts=("pair",),
+        transports=("nvlink", "copy_engine"),
+        sm_means=("none", "persistent", "green_context"),
+    )
+    real = pipeline_run.SMPartition
+
+    def partition(comm_sms: int, *, means: str, device: torch.device) -> SMPartition:
+        if means == "green_context":
+            raise ValueError("no green contexts")
+        return real(comm_sms, means=means, device=device)
+
+    with played(), patch.object(pipeline_run, "SMPartition", partition):
+        return pipeline_run.run(ranks, options)
 
 
 class _NoMirroring(pipeline_steps.Pipeline):

@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe_ext.bench.pipeline_table import print_rows
 from dualpipe_ext.bench.ranks import start
-from tests.bench.pipeline_runs import OPTIONS, all_kinds
+from tests.bench.pipeline_runs import OPTIONS, all_kinds, told_by_all_means
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +65,19 @@ def test_table(found, capsys, monkeypatch):
     assert "\u2026" not in printed
     for text in ("limit", "dualpipev", "FAILED: dualpipe: ", "unavailable: nvlink 8 SMs: "):
         assert text in printed
+
+
+def test_a_row_for_each_means_where_sms_are_taken(capsys, monkeypatch):
+    rows = start(told_by_all_means, 1, OPTIONS, virtual=False, device_type="cpu")
+    assert [(row.transport, row.num_sms, row.sm_means, row.status) for row in rows] == [
+        ("nvlink", 8, "none", "ok"),
+        ("nvlink", 8, "persistent", "ok"),
+        ("nvlink", 8, "green_context", "unavailable"),
+        ("copy_engine", None, "none", "ok"),
+    ]
+    assert "no green contexts" in rows[2].reason
+    monkeypatch.setenv("COLUMNS", "80")
+    print_rows([row.to_dict() for row in rows])
+    printed = capsys.readouterr().out
+    assert "A forward and a backward, ms, SMs told by persistent" in printed
+    assert "unavailable: nvlink 8 SMs, green_context: " in printed

@@ -9,6 +9,7 @@ import torch
 
 from dualpipe_ext.bench import pipeline_run
 from dualpipe_ext.bench.ranks import start
+from dualpipe_ext.sms import MEANS
 from tests.bench.pipeline_runs import MODEL, OPTIONS, check_pairs
 
 WIDE = replace(
@@ -45,3 +46,16 @@ def test_every_figure_of_a_pair(transport, tmp_path):
         # Compute and communication at most a quarter apart, at a size where launches take long.
         assert rows[1].repeats > 1
         assert rows[1].comm_ms == pytest.approx(rows[1].compute_ms, rel=0.25)
+
+
+def test_a_pair_told_by_every_means():
+    """The check compares serial and overlapped under each; then both are timed."""
+    options = replace(WIDE, parts=("pair",), transports=("nvlink",), throttle=False, sm_means=MEANS)
+    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    assert [(row.sm_means, row.status, row.reason) for row in rows] == [
+        (means, "ok", "") for means in MEANS
+    ]
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    (taken,) = options.sms
+    in_groups = (num_sms - taken) // 8 * 8
+    assert [row.compute_sms for row in rows] == [None, num_sms - taken, num_sms - taken, in_groups]

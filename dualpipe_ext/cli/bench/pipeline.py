@@ -55,6 +55,15 @@ def command(
     sms: Annotated[
         str, typer.Option(help="Communication SMs for nvlink.", rich_help_panel=RANKS)
     ] = "24,8",
+    sm_means: Annotated[
+        str | None,
+        typer.Option(
+            help="How the pair's compute is told of these SMs: none, persistent, carve_out, "
+            "green_context, or several, each measured. [default: that of dualpipe train]",
+            rich_help_panel=RANKS,
+            show_default=False,
+        ),
+    ] = None,
     parts: Annotated[
         str, typer.Option(help="pair, steps or both.", rich_help_panel=WHAT)
     ] = "pair,steps",
@@ -162,6 +171,7 @@ def command(
     from dualpipe_ext.bench.pipeline_table import print_rows
     from dualpipe_ext.bench.ranks import start
     from dualpipe_ext.models import ModelConfig
+    from dualpipe_ext.sms import DEFAULT_MEANS
     from dualpipe_ext.training.config import DTYPES
 
     small = (
@@ -193,6 +203,7 @@ def command(
         dtype=DTYPES[dtype],
         transports=_transports(_TRANSPORTS[device] if transports is None else transports),
         sms=read_numbers("--sms", sms),
+        sm_means=(DEFAULT_MEANS,) if sm_means is None else read_words(sm_means),
         throttle=throttle,
         schedules=usual if schedules is None else read_words(schedules),
         ep=ep,
