@@ -18,7 +18,8 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.models.moe import MoELayer
-from dualpipe_ext.pipeline.overlap import Phase, interleave
+from dualpipe_ext.pipeline.launch_order import interleave
+from dualpipe_ext.pipeline.overlap import Phase
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 H = 8
@@ -115,5 +116,5 @@ def test_the_launch_order_is_the_engines() -> None:
         Phase(name, stream, tuple)
         for name, stream in re.findall(r"^\| (\w+) \| (compute|comm) \|", GUIDE, re.MULTILINE)
     ]
-    order = [f"{phases[index].name}({op})" for op, index in interleave(phases, phases)]
+    order = [f"{phases[one.index].name}({one.op})" for one in interleave(phases, phases)]
     assert shown.split() == order
