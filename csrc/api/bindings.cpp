@@ -127,6 +127,8 @@ void bind_devices(py::module_& m) {
   m.def("peer_link", &peer_link, py::arg("device"), py::arg("peer"));
   m.def("enable_peer_access", &enable_peer_access, py::arg("device"), py::arg("peer"));
   m.def("create_stream", &create_stream);
+  m.def("copy", &copy, py::kw_only(), py::arg("to"), py::arg("source"), py::arg("bytes"),
+        py::arg("stream"));
   m.def("destroy_stream", &destroy_stream, py::arg("stream"));
   m.def("capture_id", &capture_id, py::arg("stream"));
 }

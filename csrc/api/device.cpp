@@ -83,6 +83,14 @@ uint64_t create_stream() {
   return reinterpret_cast<uint64_t>(stream);
 }
 
+void copy(uint64_t to, uint64_t from, uint64_t bytes, uint64_t stream) {
+  if (bytes == 0) return;
+  check_cuda(
+      cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes,
+                      cudaMemcpyDeviceToDevice, reinterpret_cast<cudaStream_t>(stream)),
+      "cudaMemcpyAsync");
+}
+
 void destroy_stream(uint64_t stream) {
   check_cuda(cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream)), "cudaStreamDestroy");
 }

@@ -38,6 +38,11 @@ uint64_t capture_id(uint64_t stream);
 // A stream of the current device that shares its place with no other: torch hands out its own from
 // a pool, so that two of them can be the same. Of the highest priority.
 uint64_t create_stream();
+
+// Copies bytes from address to address on a stream, by a copy engine if another GPU has one of
+// them.
+void copy(uint64_t to, uint64_t from, uint64_t bytes, uint64_t stream);
+
 void destroy_stream(uint64_t stream);
 // Lets kernels on `device` address the memory of `peer`; allowed twice.
 void enable_peer_access(int device, int peer);

@@ -171,6 +171,13 @@ std::unique_ptr<CopyLanes> copy_lanes(uint32_t num_ranks) {
   return lanes;
 }
 
+void set_repeats(CopyLanes& lanes, double repeats) {
+  if (!(repeats >= 1 && repeats <= 1e6)) {
+    throw std::invalid_argument("expected repeats from 1 to 1e6, got " + std::to_string(repeats));
+  }
+  lanes.repeats = repeats;
+}
+
 CopyShape copy_shape(const std::vector<uint32_t>& ends, uint32_t staging_slab, const Tuning& pack,
                      uint32_t pack_ctas, const Tuning& take, uint32_t take_ctas) {
   CopyShape shape{
@@ -307,7 +314,9 @@ void bind_calls(py::module_& m) {
 }
 
 void bind_copies(py::module_& m) {
-  py::class_<CopyLanes>(m, "CopyLanes").def(py::init(&copy_lanes), py::arg("num_ranks"));
+  py::class_<CopyLanes>(m, "CopyLanes")
+      .def(py::init(&copy_lanes), py::arg("num_ranks"))
+      .def_property("repeats", [](const CopyLanes& lanes) { return lanes.repeats; }, &set_repeats);
   py::class_<CopyCall>(m, "CopyCall")
       .def(py::init([](std::vector<uint32_t> sends, std::vector<uint32_t> receives) {
              return CopyCall{std::move(sends), std::move(receives)};

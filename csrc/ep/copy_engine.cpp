@@ -170,8 +170,14 @@ class Carrier {
       from = array.direct + row * array.direct_pitch;
       from_pitch = array.direct_pitch;
     }
-    return copy_rows(in_slab(peer, 0, rank), array.pitch, from, from_pitch, from_pitch, rows,
-                     lanes_.lane(peer));
+    for (double left = lanes_.repeats; left > 0; left -= 1) {
+      const auto count = left >= 1 ? rows : static_cast<uint64_t>(left * static_cast<double>(rows));
+      if (count == 0) break;
+      const auto status = copy_rows(in_slab(peer, 0, rank), array.pitch, from, from_pitch,
+                                    from_pitch, count, lanes_.lane(peer));
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
   }
 
   cudaError_t copy_flags(uint32_t rank, uint32_t peer, uint32_t part, uint32_t count) const {

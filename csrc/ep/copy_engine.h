@@ -30,6 +30,10 @@ class CopyLanes {
   cudaEvent_t packed(uint32_t part) const { return packed_[part]; }
   cudaEvent_t carried(uint32_t peer) const { return carried_[peer]; }
 
+  // How often rows are copied: with 2.5 all of them twice and the first half once more. A link that
+  // takes as many times as long, for measurements.
+  double repeats = 1.0;
+
  private:
   std::vector<cudaStream_t> lanes_;
   std::vector<cudaEvent_t> packed_, carried_;

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dualpipe_ext.ep import Buffer
+from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.handle import Handle
 from dualpipe_ext.ep.transport import Rows
 
@@ -49,12 +50,13 @@ class Link:
     Attributes:
         repeats: how often each dispatch and combine is made. Between whole numbers, some calls are
             made once more than others: 2.5 is 2, 3, 2, 3, ... times. The results are those of the
-            last time. The same on all ranks.
+            last time. The same on all ranks. Where copy engines drive the link, only their copies
+            are repeated, as if it were that much slower: what packs and unpacks runs once.
     """
 
     def __init__(self, buffer: Buffer) -> None:
-        self.repeats = 1.0
-        transport = buffer._transport
+        self._transport = transport = buffer._transport
+        self._repeats = 1.0
         self._config = transport.config
         self._real = (transport.route, transport.dispatch, transport.combine)
         # In the transport's place nothing else would do: its handles must be its own.
@@ -67,6 +69,19 @@ class Link:
         self._pool = _Pool()
         self._recording: Recording | None = None
         self._handles: Iterator[Handle] | None = None
+
+    @property
+    def repeats(self) -> float:
+        return self._repeats
+
+    @repeats.setter
+    def repeats(self, repeats: float) -> None:
+        self._repeats = repeats
+        if self._repeats_copies():
+            self._transport.link_repeats = max(1.0, repeats)
+
+    def _repeats_copies(self) -> bool:
+        return isinstance(self._transport, CopyEngineTransport)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -140,6 +155,8 @@ class Link:
         return [self._pool.take(*item) if isinstance(item, _Kind) else item for item in items]
 
     def _repeat(self, call: Callable[..., Any], args: Sequence[Any], options: dict) -> Any:
+        if self._repeats_copies():
+            return call(*args, **options)
         before = self._num_calls
         self._num_calls += 1
         times = math.floor((before + 1) * self.repeats) - math.floor(before * self.repeats)

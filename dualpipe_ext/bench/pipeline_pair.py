@@ -42,6 +42,8 @@ from dualpipe_ext.sms import SMPartition, set_partition
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 FORMS = ("compute", "comm", "serial", "pair")
+# How often the throttle is corrected, and how far from equal the two may stay.
+_CORRECTIONS, _CLOSE = 6, 0.02
 # Chunks with inputs of their own, so that a mix-up of two is a wrong gradient.
 _INPUTS = 2
 
@@ -243,8 +245,10 @@ class PairBench:
         compute_us, comm_us = self._medians(calls)
         if comm_us >= compute_us:
             return False
-        # Twice: routes are not repeated, and calls in a row take less than calls alone.
-        for _ in range(2):
+        # Several times: not everything is repeated, and calls in a row take less than calls alone.
+        for _ in range(_CORRECTIONS):
+            if abs(compute_us / comm_us - 1) < _CLOSE:
+                break
             self.link.repeats *= compute_us / comm_us
             compute_us, comm_us = self._medians(calls)
         self.settle()

@@ -6,6 +6,7 @@ What a transport or a schedule raises becomes a row, and the run goes on.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -33,15 +34,29 @@ from dualpipe_ext.profiling.picture import draw_overlap
 from dualpipe_ext.profiling.report import analyze
 from dualpipe_ext.sms import SMPartition
 
+Record = Callable[[PipelineRow], object]
 
-def run(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
-    """Measure everything that the options ask for; called by all ranks, equal on all of them."""
+
+def run(ranks: Ranks, options: PipelineOptions, record: Record | None = None) -> list[PipelineRow]:
+    """Measure everything that the options ask for; called by all ranks, equal on all of them.
+
+    Args:
+        ranks: the ranks.
+        options: what to measure.
+        record: given each row by rank 0 as soon as it is there: a run that is cut off loses none.
+    """
     rows: list[PipelineRow] = []
+
+    def add(row: PipelineRow) -> None:
+        rows.append(row)
+        if record is not None and ranks.rank == 0:
+            record(row)
+
     if "pair" in options.parts:
-        rows += _Pairs(ranks, options).all()
+        _Pairs(ranks, options, add).all()
         _free(ranks)
     if "steps" in options.parts:
-        rows += _steps(ranks, options)
+        _steps(ranks, options, add)
     say(ranks, "")
     return rows
 
@@ -49,19 +64,17 @@ def run(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
 class _Pairs:
     """The pair with every transport, on one stage."""
 
-    def __init__(self, ranks: Ranks, options: PipelineOptions) -> None:
-        self._ranks, self._options = ranks, options
+    def __init__(self, ranks: Ranks, options: PipelineOptions, add: Record) -> None:
+        self._ranks, self._options, self._add = ranks, options, add
         self._stage: LanguageModelStage | None = None
-        self._rows: list[PipelineRow] = []
 
-    def all(self) -> list[PipelineRow]:
+    def all(self) -> None:
         # With SMs and transports as the options of ``bench ep`` have them.
         for variant in variants(self._options):
             # Where no SM is taken there is nothing to tell.
             for means in self._options.sm_means if variant.num_sms else ("none",):
                 self._told(variant, means)
                 _free(self._ranks)
-        return self._rows
 
     def _told(self, variant: Variant, means: str) -> None:
         """The rows of one transport and one way to tell compute of it."""
@@ -71,7 +84,7 @@ class _Pairs:
             partition = self._ranks.together(lambda: self._partition(variant, means))
         except ProblemError as problem:
             row = self._row(variant, sm_means=means, status=UNAVAILABLE, reason=str(problem))
-            self._rows.append(row)
+            self._add(row)
             return
         self._variant(variant, buffer, partition)
 
@@ -107,11 +120,11 @@ class _Pairs:
                 self._ranks.together(bench.check)
                 row = self._row(variant, **told)
                 self._measure(bench, row, notes)
-                self._rows.append(row)
+                self._add(row)
         except ProblemError as problem:
             wrong = WrongResultError.__name__ in str(problem)
             status = FAILED if wrong else ERROR
-            self._rows.append(self._row(variant, **told, status=status, reason=str(problem)))
+            self._add(self._row(variant, **told, status=status, reason=str(problem)))
 
     def _bench(self, buffer: Buffer, notes: PhaseNotes, partition: SMPartition) -> PairBench:
         options = self._options
@@ -175,17 +188,18 @@ class _Pairs:
         )
 
 
-def _steps(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
+def _steps(ranks: Ranks, options: PipelineOptions, add: Record) -> None:
     """A row per schedule."""
     mesh = pipeline_steps.Mesh(ranks, options.ep)
-    rows: list[PipelineRow] = []
     expected: tuple[float, float] | None = None
     try:
         buffer = ranks.together(lambda: pipeline_steps.step_buffer(options, mesh))
         send_s = ranks.together(lambda: pipeline_steps.send_seconds(ranks, options, mesh))
     except ProblemError as problem:
         reason = str(problem)
-        return [_step_row(ranks, options, mesh, k, UNAVAILABLE, reason) for k in options.schedules]
+        for kind in options.schedules:
+            add(_step_row(ranks, options, mesh, kind, UNAVAILABLE, reason))
+        return
     for kind in options.schedules:
         say(ranks, f"steps under {kind}")
         bench = None
@@ -196,18 +210,17 @@ def _steps(ranks: Ranks, options: PipelineOptions) -> list[PipelineRow]:
             found = ranks.together(bench.fingerprint)
             wrong = expected and pipeline_steps.wrong_fingerprint(found, expected)
             if wrong:
-                rows.append(_step_row(ranks, options, mesh, kind, FAILED, wrong))
+                add(_step_row(ranks, options, mesh, kind, FAILED, wrong))
                 continue
             expected = expected or found
-            rows.append(ranks.together(lambda bench=bench: bench.measure(send_s)))
+            add(ranks.together(lambda bench=bench: bench.measure(send_s)))
         except ProblemError as problem:
-            rows.append(_step_row(ranks, options, mesh, kind, ERROR, str(problem)))
+            add(_step_row(ranks, options, mesh, kind, ERROR, str(problem)))
         finally:
             if bench is not None:
                 bench.close()
             del bench
             _free(ranks)
-    return rows
 
 
 def _step_row(

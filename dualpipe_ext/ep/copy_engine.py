@@ -51,6 +51,16 @@ class CopyEngineTransport(PeerTransport):
         self.part_ends: tuple[int, ...] | None = None
         """Test hook: parts in which segments travel, whatever their size. Before the first call."""
 
+    @property
+    def link_repeats(self) -> float:
+        """Hook of benchmarks: how often rows cross the link, at least 1. As if it were slower, with
+        the same kernels at both ends."""
+        return self._lanes.repeats
+
+    @link_repeats.setter
+    def link_repeats(self, repeats: float) -> None:
+        self._lanes.repeats = repeats
+
     def dispatch(
         self,
         x: Tensor | Quantized,

@@ -91,8 +91,10 @@ class Migrator:
         if spare_bytes < 1:
             raise ValueError(f"expected spare_bytes of at least 1, got {spare_bytes}")
         if device is None:
-            on_gpu = torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+            device = torch.device("cuda") if torch.cuda.is_available() else None
+        if device is not None and device.type == "cuda" and device.index is None:
+            # A thread of its own works on it, whose current device is another matter.
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = torch.device("cpu") if device is None else device
         self._timeout_s, self._spare_bytes = timeout_s, spare_bytes
         self._group = _own_group(group, timeout_s)

@@ -297,11 +297,8 @@ def _copy(to: int, source: int, num_bytes: int, stream: torch.cuda.ExternalStrea
     """From address to address."""
     core.module().copy(
         to=to,
-        to_pitch=num_bytes,
         source=source,
-        source_pitch=num_bytes,
         bytes=num_bytes,
-        rows=1,
         stream=stream.cuda_stream,
     )
 

@@ -147,8 +147,19 @@ def report(
     for row in rows:
         append(target, command_line(context), [row])
         found.append(row)
+    show(found, target, print_rows, as_json=as_json)
+
+
+def show(
+    rows: list[dict[str, Any]],
+    target: Path,
+    print_rows: Callable[[list[dict[str, Any]]], None],
+    *,
+    as_json: bool,
+) -> None:
+    """Print rows that have been recorded."""
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(rows, indent=2))
     else:
-        print_rows(found)
+        print_rows(rows)
         typer.echo(f"Wrote {target}")

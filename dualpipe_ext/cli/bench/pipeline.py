@@ -5,8 +5,9 @@ What is measured is in ``dualpipe_ext.bench``, in the files that begin with ``pi
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,14 +18,18 @@ from dualpipe_ext.cli.bench.options import (
     ROUNDS,
     SIZE,
     WHAT,
+    command_line,
     output_option,
     read_numbers,
     read_processes,
     read_words,
-    report,
+    show,
     target_of,
 )
 from dualpipe_ext.files import check_picture, check_target
+
+if TYPE_CHECKING:
+    from dualpipe_ext.bench.pipeline_cases import PipelineRow
 
 _TRANSPORTS = {"cuda": "nvlink,copy_engine,collective", "cpu": "collective"}
 _PEAK = 989.0
@@ -217,13 +222,22 @@ def command(
         picture=picture,
     ).checked(num_processes)
     target = _target(output)
-    rows = start(pipeline_run.run, num_processes, options, virtual=False, device_type=device)
+    record = partial(_record, target, command_line(context))
+    rows = start(
+        pipeline_run.run, num_processes, options, record, virtual=False, device_type=device
+    )
     if rows is None:  # under torchrun, not the first rank
         return
-    report([row.to_dict() for row in rows], target, context, print_rows, as_json=as_json)
+    show([row.to_dict() for row in rows], target, print_rows, as_json=as_json)
     statuses = {row.status for row in rows}
     if statuses & {FAILED, ERROR} or OK not in statuses:
         raise typer.Exit(1)
+
+
+def _record(target: Path, command: str, row: PipelineRow) -> None:
+    from dualpipe_ext.bench.record import append
+
+    append(target, command, [row.to_dict()])
 
 
 def _transports(text: str) -> tuple[str, ...]:
