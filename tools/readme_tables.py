@@ -24,13 +24,21 @@ Row = dict[str, str]
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def rows_of(name: str, question: Sequence[str]) -> list[Row]:
-    """The row to show for each distinct content of the columns ``question``, in file order."""
+def rows_of(
+    name: str, question: Sequence[str], beside: Callable[[Row], object] = lambda row: None
+) -> list[Row]:
+    """The row to show for each distinct content of the columns ``question``, in file order.
+
+    Args:
+        name: of the file.
+        question: columns.
+        beside: what else tells questions apart.
+    """
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    chosen: dict[tuple[str, ...], Row] = {}
+    chosen: dict[object, Row] = {}
     for row in sorted(rows, key=lambda row: row["gpu"] != "none"):  # stable: the last one wins
-        chosen[tuple(row[column] for column in question)] = row
+        chosen[tuple(row[column] for column in question), beside(row)] = row
     return [row for row in rows if any(row is shown for shown in chosen.values())]
 
 
@@ -135,10 +143,15 @@ _EP_CASES = {
 
 
 def ep() -> str:
-    """Whole calls by case, for each number of SMs and each other way to move rows."""
+    """Whole calls by case, for each number of SMs and each other way to move rows; by ranks."""
     shape = ("ranks", "virtual", "tokens", "hidden", "experts", "top_k")
     rows = rows_of("ep", (*shape, "case", "transport", "num_sms"))
     rows = [row for row in rows if row["status"] == "ok" and row["virtual"] == "False"]
+    ranks = sorted({row["ranks"] for row in rows}, key=int)
+    return "\n".join(_ep_of([row for row in rows if row["ranks"] == number]) for number in ranks)
+
+
+def _ep_of(rows: Sequence[Row]) -> str:
     found = {(row["case"], row["transport"], row["num_sms"]): row for row in rows}
     cases = [row for row in rows if row["case"] in _EP_CASES]
     cases = list({row["case"]: row for row in cases}.values())
@@ -154,16 +167,16 @@ def ep() -> str:
         one = found.get((row["case"], "nvlink", "24"))
         return f"{float(one['sm_us']) / 1000:.1f}" if one and one["sm_us"] else ""
 
+    first = rows[0]
     sms = sorted({int(row["num_sms"]) for row in rows if row["num_sms"]})
     columns = {
-        "us a call": lambda row: _EP_CASES[row["case"]],
+        f"us a call, {first['ranks']} GPUs": lambda row: _EP_CASES[row["case"]],
         **{f"{n} SMs": time("nvlink", str(n)) for n in sms},
         "SM ms, 24 SMs": sm_time,
         "copy engines": time("copy_engine"),
         "NCCL": time("nccl-per-rank"),
         "NCCL, row per expert": time("nccl-per-expert"),
     }
-    first = rows[0]
     return (
         f"{markdown(cases, columns)}\n"
         f"*{first['ranks']} ranks of {first['tokens']} tokens x {first['hidden']}, "
@@ -173,7 +186,101 @@ def ep() -> str:
     )
 
 
-TABLES = {"ep": ep, "eplb": eplb, "drift": drift}
+def number(column: str, form: str = ".1f") -> Callable[[Row], str]:
+    return lambda row: f"{float(row[column]):{form}}" if row[column] else ""
+
+
+def percent(column: str) -> Callable[[Row], str]:
+    return number(column, ".1%")
+
+
+def pairs() -> str:
+    """The overlapped pair, on the link as it is and throttled."""
+    shape = ("ep", "layers", "tokens", "hidden", "experts", "transport", "num_sms", "sm_means")
+    rows = rows_of("pipeline", (*shape, "part"), lambda row: row["repeats"] in _ONE)
+    rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
+
+    def transport(row: Row) -> str:
+        sms = f", {row['num_sms']} SMs" if row["num_sms"] else ""
+        told = f", compute told by {row['sm_means']}" if row["sm_means"] != "none" else ""
+        slower = "" if row["repeats"] in _ONE else f", link {float(row['repeats']):.0f}x slower"
+        return f"{row['transport']}{sms}{told}{slower}"
+
+    columns = {
+        "ms": transport,
+        "compute alone": number("compute_ms"),
+        "communication alone": number("comm_ms"),
+        "serial": number("serial_ms_p50"),
+        "pair": number("pair_ms_p50"),
+        "serial / pair": number("speed_up", ".2f"),
+        "pair / longer one": number("pair_over_longer", ".3f"),
+        "hidden": percent("hidden_share"),
+    }
+    first = rows[0]
+    return (
+        f"{markdown(rows, columns)}\n"
+        f"*{first['layers']} layers, {first['ep']} ranks of {first['tokens']} tokens x "
+        f"{first['hidden']}, {first['experts']} experts of width {first['expert_hidden']}, "
+        f"top-{first['top_k']}; medians, slowest rank. On {source(rows)}*\n"
+    )
+
+
+def steps() -> str:
+    """Whole steps under each schedule."""
+    shape = ("pp", "ep", "layers", "tokens", "hidden", "experts", "part", "schedule")
+    rows = rows_of("pipeline", shape)
+    rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
+    columns = {
+        "schedule": lambda row: row["schedule"],
+        "ms a step": number("step_ms_p50"),
+        "tokens/s": number("tokens_per_s", ",.0f"),
+        "MFU": percent("mfu"),
+        "bubble": percent("bubble"),
+        "bubble simulated": percent("predicted_bubble"),
+        "ms simulated": number("predicted_span_ms"),
+        "ms to its last action": number("span_ms"),
+    }
+    first = rows[0]
+    return (
+        f"{markdown(rows, columns)}\n"
+        f"*{first['pp']} pipeline x {first['ep']} expert-parallel ranks of {first['layers']} "
+        f"layers, {first['num_chunks']} micro-batches of {first['tokens']} tokens x "
+        f"{first['hidden']}, {first['experts']} experts; the simulator is given the medians of the "
+        f"actions' times. On {source(rows)}*\n"
+    )
+
+
+def memory() -> str:
+    """What each memory level saves and costs."""
+    rows = rows_of("memory", ("ranks", "layers", "tokens", "hidden", "experts", "memory_level"))
+    columns = {
+        "memory level": lambda row: row["memory_level"],
+        "MiB kept": number("kept_mib", ",.0f"),
+        "of level 0": percent("kept_over_level_0"),
+        "MiB at the peak": number("peak_mib", ",.0f"),
+        "peak of level 0": percent("peak_over_level_0"),
+        "ms": number("step_ms_p50"),
+        "time of level 0": percent("step_over_level_0"),
+        "largest error of a gradient": percent("gradient_error_max"),
+    }
+    first = rows[0]
+    return (
+        f"{markdown(rows, columns)}\n"
+        f"*Of a micro-batch of {first['tokens']} tokens through {first['layers']} layers with "
+        f"{first['experts']} experts on {first['ranks']} GPUs, {first['in_flight']} in flight. On "
+        f"{source(rows)}*\n"
+    )
+
+
+_ONE = ("", "1.0")
+TABLES = {
+    "ep": ep,
+    "eplb": eplb,
+    "drift": drift,
+    "pairs": pairs,
+    "steps": steps,
+    "memory": memory,
+}
 
 
 def filled(readme: str) -> str:

@@ -27,7 +27,7 @@ COMM_PATTERNS = (
     r"\bdualpipe::",
     r"Memcpy PtoP",
 )
-WAIT_PATTERNS = (r"notify", r"barrier", r"flag_wait")
+WAIT_PATTERNS = (r"notify", r"barrier", r"flag_wait", r"arrivals_kernel")
 
 _GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCH_CATEGORIES = ("cuda_runtime", "cuda_driver")
@@ -91,11 +91,11 @@ def read_trace(
     document = _load(path)
     events = document["traceEvents"]
     gpu = [e for e in events if e.get("ph") == "X" and e.get("cat") in _GPU_CATEGORIES]
-    devices = sorted({e["args"]["device"] for e in gpu})
+    devices = sorted({_device_of(e) for e in gpu})
     if not devices:
         raise ValueError(f"expected a trace with GPU kernels, got none in {path}")
     device = devices[0] if device is None else device
-    gpu = [e for e in gpu if e["args"]["device"] == device]
+    gpu = [e for e in gpu if _device_of(e) == device]
     if not gpu:
         raise ValueError(f"expected a GPU of {devices} in {path}, got {device}")
     origin = min(e["ts"] for e in gpu)
@@ -120,6 +120,12 @@ def read_trace(
     found.sort(key=lambda e: (e.start, e.end))
     properties = {p.get("id"): p for p in document.get("deviceProperties", ())}
     return Trace(tuple(found), int(properties.get(device, {}).get("numSms", 0)))
+
+
+def _device_of(event: Mapping[str, Any]) -> int:
+    """The GPU that an event ran on. A copy between two GPUs has three: from, to, and its own."""
+    args = event["args"]
+    return args["device"] if "device" in args else args["inDevice"]
 
 
 def _compiled(patterns: Sequence[str]) -> re.Pattern[str] | None:

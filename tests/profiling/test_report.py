@@ -57,6 +57,23 @@ def trace_file(tmp_path) -> Path:
     return path
 
 
+def test_copies_between_gpus_belong_to_the_gpu_that_copies(tmp_path):
+    """Their events name three GPUs, and none of them ``device``."""
+    found = document()
+    mine, other = (gpu("Memcpy PtoP", 30, 34, 11, category="gpu_memcpy") for _ in range(2))
+    for (copy, _), own in ((mine, 0), (other, 1)):
+        del copy["args"]["device"], copy["args"]["grid"]
+        copy["args"] |= {"fromDevice": own, "inDevice": own, "toDevice": 1 - own}
+    found["traceEvents"] += [*mine, *other]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(found))
+    trace = read_trace(path)
+    assert [(e.start, e.end, e.kind) for e in trace.events if "PtoP" in e.name] == [
+        (30, 34, "transfer")
+    ]
+    assert len(read_trace(path, device=1).events) == 1
+
+
 def test_figures_add_up(trace_file):
     report = analyze(read_trace(trace_file))
     assert report.span_us == 30
