@@ -5,8 +5,10 @@ and for FP8 with a scale per block of 128, and their launchers. Who may call the
 matter of ``grouped_gemm.py`` (16 bits) and ``fp8_gemm.py``.
 
 A launch has ``max_sms`` CTAs at most. Each takes so much shared memory that no two fit on one SM,
-walks over the output tiles with a stride of their number, and finds the rows of a tile from the
-offsets on the device: nothing is read back, and a tile's bits do not depend on who computes it.
+takes one output tile after the other from a queue, and finds the rows of a tile from the offsets on
+the device: nothing is read back, and a tile's bits do not depend on who computes it. With fixed
+shares of tiles, a CTA whose SM is taken by communication at first would end late by all that time;
+from a queue the others take its tiles meanwhile.
 
 Shapes: M rows, G groups, K inputs, N outputs, P rows padded to whole blocks of 128 per group.
 ``offsets`` int32 [G] holds the END row of each group. Offsets that decrease or exceed M give a
@@ -89,6 +91,7 @@ def multiply_rows(
             TensorDescriptor.from_tensor(w.transpose(1, 2) if transposed else w, box),
             out,
             offsets.contiguous(),
+            _new_queue(x.device),
             x_scales,
             w_scales,
             num_rows,
@@ -150,6 +153,7 @@ def multiply_columns(
             grad,
             out,
             offsets.contiguous(),
+            _new_queue(x.device),
             x_scales,
             grad_scales,
             num_rows,
@@ -210,6 +214,11 @@ def padded_groups(num_groups: int) -> int:
     return max(32, triton.next_power_of_2(num_groups))
 
 
+def _new_queue(device: torch.device) -> Tensor:
+    """How many tiles have been taken beyond the first of each CTA: none."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -255,6 +264,11 @@ if triton is not None:
         return sweep * SWEEP + rest % rows, rest // rows
 
     @triton.jit
+    def _take(queue_ptr):
+        """The next tile that nobody has: every CTA begins with the one of its own number."""
+        return tl.num_programs(0) + tl.atomic_add(queue_ptr, 1, sem="relaxed")
+
+    @triton.jit
     def _add_scaled(total, product, scales, IN_ORDER: tl.constexpr):  # noqa: N803
         """``total + product * scales``, with one rounding."""
         if IN_ORDER:
@@ -293,6 +307,7 @@ if triton is not None:
         w_desc,
         out_ptr,
         offsets_ptr,
+        queue_ptr,
         x_scales_ptr,
         w_scales_ptr,
         num_rows,
@@ -317,7 +332,9 @@ if triton is not None:
         col_tiles = tl.cdiv(size_n, PARTS * BLOCK_N)
         num_steps = tl.cdiv(size_k, BLOCK_K)
         num_tiles = tl.max(last_row_tile, 0) * col_tiles
-        for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        tile = tl.program_id(0)
+        while tile < num_tiles:
+            next_tile = _take(queue_ptr)
             before = last_row_tile * col_tiles <= tile
             group = tl.sum(before.to(tl.int32), 0)
             first = tl.max(tl.where(before, last_row_tile, 0), 0) * col_tiles
@@ -361,6 +378,7 @@ if triton is not None:
                 inside = (rows < end)[:, None] & (cols < size_n)[None, :]
                 at = out_ptr + rows[:, None] * size_n + cols[None, :]
                 tl.store(at, sums[part].to(out_ptr.dtype.element_ty), inside)
+            tile = next_tile
 
     @triton.jit(do_not_specialize=["num_rows", "num_groups"])
     def _columns_kernel(
@@ -370,6 +388,7 @@ if triton is not None:
         grad_ptr,
         out_ptr,
         offsets_ptr,
+        queue_ptr,
         x_scales_ptr,
         grad_scales_ptr,
         num_rows,
@@ -391,7 +410,9 @@ if triton is not None:
         row_tiles = tl.cdiv(size_k, BLOCK_M)
         col_tiles = tl.cdiv(size_n, BLOCK_N)
         tiles = row_tiles * col_tiles
-        for tile in range(tl.program_id(0), num_groups * tiles, tl.num_programs(0)):
+        tile = tl.program_id(0)
+        while tile < num_groups * tiles:
+            next_tile = _take(queue_ptr)
             group = tile // tiles
             row_tile, col_tile = _place(tile - group * tiles, row_tiles, col_tiles, SWEEP)
             row, col = row_tile * BLOCK_M, col_tile * BLOCK_N
@@ -435,3 +456,4 @@ if triton is not None:
             at = out_ptr + (group.to(tl.int64) * size_k + rows[:, None]) * size_n + cols[None, :]
             inside = (rows < size_k)[:, None] & (cols < size_n)[None, :]
             tl.store(at, total.to(out_ptr.dtype.element_ty), inside)
+            tile = next_tile

@@ -33,6 +33,7 @@ from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.profiling.picture import draw_overlap
 from dualpipe_ext.profiling.report import analyze
 from dualpipe_ext.sms import SMPartition
+from dualpipe_ext.sms.means import depends_on_number
 
 Record = Callable[[PipelineRow], object]
 
@@ -71,8 +72,10 @@ class _Pairs:
     def all(self) -> None:
         # With SMs and transports as the options of ``bench ep`` have them.
         for variant in variants(self._options):
-            # Where no SM is taken there is nothing to tell.
-            for means in self._options.sm_means if variant.num_sms else ("none",):
+            told = self._options.sm_means
+            if not variant.num_sms:  # where none communicates there is no number to tell
+                told = [m for m in told if not depends_on_number(m)] or ["none"]
+            for means in told:
                 self._told(variant, means)
                 _free(self._ranks)
 

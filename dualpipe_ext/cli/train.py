@@ -115,7 +115,8 @@ def command(
     sm_means: Annotated[
         str | None,
         typer.Option(
-            help="How compute beside them is told: none, persistent, carve_out or green_context.",
+            help="How compute beside them is told: none, persistent, queued, carve_out or "
+            "green_context.",
             rich_help_panel=_PARALLEL,
         ),
     ] = None,

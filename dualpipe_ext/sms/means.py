@@ -69,6 +69,18 @@ class Persistent(Untold):
         return self.left(comm_sms) if beside else self.num_sms
 
 
+class Queued(Untold):
+    """``queued``: grouped GEMMs take their tiles from a queue, on all SMs, with or without
+    communication beside.
+
+    Of n SMs that are taken for a while, such a product loses that while's share of its tiles. The
+    libraries' products give every CTA a fixed share: one that starts late ends late by as much.
+    """
+
+    def grid_limit(self, comm_sms: int, *, beside: bool) -> int | None:
+        return self.num_sms
+
+
 class CarveOut(Untold):
     """``carve_out``: torch's own matrix products leave n SMs out, beside communication.
 
@@ -150,12 +162,13 @@ class Green(Untold):
 _BY_NAME: dict[str, type[Untold]] = {
     "none": Untold,
     "persistent": Persistent,
+    "queued": Queued,
     "carve_out": CarveOut,
     "green_context": Green,
 }
 MEANS = tuple(_BY_NAME)
-# Which of them a run takes that asks for none. To be decided by pair times of `dualpipe bench
-# pipeline --sm-means none,persistent,carve_out,green_context`; until then what needs nothing.
+# Which of them a run takes that asks for none: the best of those that have been measured
+# (docs/LOG.md, "Overlapped pairs"), by `dualpipe bench pipeline --sm-means ...`.
 DEFAULT_MEANS = "none"
 
 
@@ -163,6 +176,11 @@ def check_means(means: object) -> None:
     """Refuse with ``ValueError`` what is not one of :data:`MEANS`."""
     if means not in MEANS:
         raise ValueError(f"expected sm_means to be one of {', '.join(MEANS)}, got {means!r}")
+
+
+def depends_on_number(means: str) -> bool:
+    """Whether compute does anything else for another number of SMs."""
+    return _BY_NAME[means] not in (Untold, Queued)
 
 
 def has_same_bits(means: str) -> bool:

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualpipe_ext.sms.means import DEFAULT_MEANS, Untold, check_means, has_same_bits, make_means
+from dualpipe_ext.sms.means import (
+    DEFAULT_MEANS,
+    MEANS,
+    Untold,
+    check_means,
+    has_same_bits,
+    make_means,
+)
 
 AUTO = "auto"
 
@@ -29,8 +36,9 @@ class SMPartition:
             for a number that :class:`~dualpipe_ext.sms.SMTuner` finds, and that of the transport
             until then.
         means: how compute beside communication is told, one of
-            :data:`~dualpipe_ext.sms.MEANS`: "none", "persistent" (grouped GEMMs with fewer
-            CTAs), "carve_out" (torch's private call), "green_context" (a stream with fewer SMs).
+            :data:`~dualpipe_ext.sms.MEANS`: "none", "persistent" (grouped GEMMs with fewer CTAs),
+            "queued" (grouped GEMMs whose CTAs share their tiles), "carve_out" (torch's private
+            call), "green_context" (a stream with fewer SMs).
         device: the GPU. On a CPU everything here does nothing.
 
     Raises:
@@ -44,7 +52,7 @@ class SMPartition:
     Traceback (most recent call last):
     ...
     ValueError: expected sm_means whose results have the same bits for every number of SMs (none, \
-persistent) with comm_sms='auto', got 'carve_out'; give a number
+persistent, queued) with comm_sms='auto', got 'carve_out'; give a number
     """
 
     def __init__(
@@ -142,9 +150,10 @@ def check_comm_sms(comm_sms: object, means: str = DEFAULT_MEANS) -> None:
     check_means(means)
     if comm_sms == AUTO:
         if not has_same_bits(means):
+            same_bits = ", ".join(name for name in MEANS if has_same_bits(name))
             raise ValueError(
                 "expected sm_means whose results have the same bits for every number of SMs "
-                f"(none, persistent) with comm_sms='auto', got {means!r}; give a number"
+                f"({same_bits}) with comm_sms='auto', got {means!r}; give a number"
             )
         return
     if not isinstance(comm_sms, int) or isinstance(comm_sms, bool) or comm_sms < 0:

@@ -144,7 +144,10 @@ def test_a_run_is_compared_with_one_that_nobody_balances(tmp_path: Path):
         (["--comm-sms=-1"], "expected --comm-sms of auto or a number of at least 0, got '-1'"),
         (["--comm-sms="], "expected --comm-sms of auto or a number of at least 0, got ''"),
         (["--comm-sms=8"], "expected --comm-sms auto without GPUs, which have the SMs, got 8"),
-        (["--sm-means=loud"], "expected sm_means to be one of none, persistent, carve_out, green"),
+        (
+            ["--sm-means=loud"],
+            "expected sm_means to be one of none, persistent, queued, carve_out, green",
+        ),
         (["--sm-means=carve_out"], "with comm_sms='auto', got 'carve_out'; give a number"),
         (["--steps=many"], "'--steps'"),
         (["--dtype="], "expected a dtype of float64, float32, bfloat16, got ''"),

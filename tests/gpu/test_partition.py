@@ -6,11 +6,13 @@ G groups, K inputs, N outputs.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from dualpipe_ext.kernels.grouped_gemm import grouped_mm
 
 from dualpipe_ext.pipeline.weight_grad import grouped_linear, linear
 from dualpipe_ext.sms import MEANS, SMPartition
@@ -81,6 +83,33 @@ def test_persistent_grids(tmp_path):
     assert ctas(lambda: layers(partition), tmp_path)["_rows_kernel"] == num_sms()
 
 
+def test_queued_products_lose_only_the_share_of_the_sms_that_are_taken():
+    """With fixed shares a product beside a kernel that holds 8 SMs would end as late as that."""
+    partition = SMPartition(8, means="queued")
+    x = torch.randn(8192, 4096, device="cuda", dtype=BF16)
+    w = torch.randn(8, 4096, 4096, device="cuda", dtype=BF16)
+    ends = torch.arange(1024, 8193, 1024, dtype=torch.int32, device="cuda")
+
+    def product() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        grouped_mm(x, w, ends, max_sms=partition.max_sms())
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    product()
+    alone = min(product() for _ in range(5))
+    side, beside = torch.cuda.Stream(), []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            _hold_kernel[(8,)](int(0.7e6 * alone), num_warps=32)
+        time.sleep(1e-4)  # the holders are there first
+        beside.append(product())
+    assert min(beside) < 1.3 * alone, (alone, beside)
+
+
 def test_none_does_not_take_our_kernels(tmp_path):
     assert "_rows_kernel" not in ctas(lambda: layers(SMPartition(TAKEN, means="none")), tmp_path)
 
@@ -110,6 +139,15 @@ def _where_kernel(out_ptr):
     while now - start < 50_000:
         now = globaltimer()
     tl.store(out_ptr + tl.program_id(0), smid())
+
+
+@triton.jit
+def _hold_kernel(duration):
+    """Stay on an SM, with all its threads, for nanoseconds."""
+    start = globaltimer()
+    now = start
+    while now - start < duration:
+        now = globaltimer()
 
 
 def sms_used() -> set[int]:

@@ -46,7 +46,7 @@ def compile_rows(dtype, *, w_transposed, out, groups=256):
     tile = persistent_gemm.rows_tile(scaled=scaled, itemsize=1 if scaled else 2)
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
     constants = {"W_TRANSPOSED": w_transposed, "GROUPS": groups}
-    pointers = {"out_ptr": out, "offsets_ptr": "*i32"}
+    pointers = {"out_ptr": out, "offsets_ptr": "*i32", "queue_ptr": "*i32"}
     if scaled:
         pointers |= {"x_scales_ptr": "*fp32", "w_scales_ptr": "*fp32"}
     else:
@@ -62,7 +62,7 @@ def compile_columns(dtype, *, out):
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
     constants = {"GROUPS": 256}
     pointers = {"x_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "out_ptr": out}
-    pointers |= {"offsets_ptr": "*i32"}
+    pointers |= {"offsets_ptr": "*i32", "queue_ptr": "*i32"}
     if scaled:
         pointers |= {"x_scales_ptr": "*fp32", "grad_scales_ptr": "*fp32"}
         boxes = {"x_desc": (dtype, [m, k]), "grad_desc": (dtype, [n, k])}

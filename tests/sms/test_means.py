@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dualpipe_ext.sms import MEANS, means
-from dualpipe_ext.sms.means import DEFAULT_MEANS, has_same_bits, make_means
+from dualpipe_ext.sms.means import DEFAULT_MEANS, depends_on_number, has_same_bits, make_means
 
 GPU = torch.device("cuda", 0)
 SMS = 132  # of an H200
@@ -26,7 +26,7 @@ def carve_out(monkeypatch):
 
 def test_the_default_is_one_that_auto_can_take():
     assert DEFAULT_MEANS in MEANS
-    assert [name for name in MEANS if has_same_bits(name)] == ["none", "persistent"]
+    assert [name for name in MEANS if has_same_bits(name)] == ["none", "persistent", "queued"]
 
 
 def test_none_tells_nobody():
@@ -41,6 +41,14 @@ def test_persistent_limits_grids_beside_communication_and_gives_a_limit_always()
     # A limit all the same: without one another kernel would run, with other roundings.
     assert told.grid_limit(24, beside=False) == SMS
     assert told.grid_limit(0, beside=True) == SMS
+
+
+def test_queued_takes_all_sms_always():
+    told = make_means("queued", GPU, SMS)
+    assert {told.grid_limit(n, beside=b) for n in (0, 24) for b in (True, False)} == {SMS}
+    assert told.left(24) == SMS
+    names = [name for name in MEANS if depends_on_number(name)]
+    assert names == ["persistent", "carve_out", "green_context"]
 
 
 def test_carve_out_is_set_in_pairs_and_put_back(carve_out):
@@ -76,7 +84,9 @@ def test_what_torch_lacks_is_named(monkeypatch):
         make_means("carve_out", GPU, SMS)
     with pytest.raises(ValueError, match=r"got 'green_context': torch .* has no green contexts"):
         make_means("green_context", GPU, SMS)
-    with pytest.raises(ValueError, match="one of none, persistent, carve_out, green_context, got"):
+    with pytest.raises(
+        ValueError, match="one of none, persistent, queued, carve_out, green_context, got"
+    ):
         make_means("shouting", GPU, SMS)
 
 

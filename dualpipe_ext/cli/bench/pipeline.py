@@ -63,7 +63,8 @@ def command(
     sm_means: Annotated[
         str | None,
         typer.Option(
-            help="How the pair's compute is told of these SMs: none, persistent, carve_out, "
+            help="How the pair's compute is told of these SMs: none, persistent, queued, "
+            "carve_out, "
             "green_context, or several, each measured. [default: that of dualpipe train]",
             rich_help_panel=RANKS,
             show_default=False,
