@@ -126,6 +126,10 @@ bench() {  # one after the other: they measure
     --picture "$out/ep.png"
   run bench-eplb "${dualpipe[@]}" eplb --output "$out/eplb.csv"
   run bench-memory "${dualpipe[@]}" memory --output "$out/memory.csv"
+  run bench-gemm "${dualpipe[@]}" gemm --output "$out/gemm.csv"
+  # Two layers: with four, the weights of 256 experts nearly fill two GPUs.
+  run bench-pipeline "${dualpipe[@]}" pipeline --layers 2 --rounds 3 --output "$out/pipeline.csv" \
+    --picture "$out/pair.png"
 }
 
 case ${1:-test} in

@@ -6,11 +6,8 @@ What belongs here: a profile of some calls, cut to what ran in them, read by
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.timing import Call
+from dualpipe_ext.profiling.capture import trace_from
 from dualpipe_ext.profiling.report import OverlapReport
-from dualpipe_ext.profiling.trace import Trace, read_trace
+from dualpipe_ext.profiling.trace import Trace
 
 # In a row; the first begins with nothing to hide behind, which a loop of pairs does not.
 NUM_CALLS = 6
@@ -75,11 +73,7 @@ def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace
             if notes is not None:
                 notes.stop()
         time.sleep(_APART_S)
-    with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        path.write_text(json.dumps(within_calls(json.loads(path.read_text()))))
-        return read_trace(path)
+    return trace_from(profiler, within_calls)
 
 
 def within_calls(document: dict[str, Any]) -> dict[str, Any]:

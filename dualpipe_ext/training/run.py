@@ -12,6 +12,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dualpipe_ext.pipeline import simulate
+from dualpipe_ext.profiling.capture import overlap_of
+from dualpipe_ext.profiling.report import OverlapReport
 from dualpipe_ext.training import checkpoint
 from dualpipe_ext.training.compare import (
     COMPARED_STEPS,
@@ -74,7 +76,9 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
     losses: list[float] = []
     with _Reporter(trainer, options) as reporter:
         while trainer.steps_done < config.steps:
-            report = trainer.step()
+            # The last step, for what profiles may cost is paid from then on.
+            profiled = trainer.steps_done + 1 == config.steps
+            report = reporter.profiled(trainer.step) if profiled else trainer.step()
             losses.append(report.loss)
             reporter.step(report, trainer)
             last = trainer.steps_done == config.steps
@@ -113,6 +117,8 @@ class _Reporter:
             return
         self._facts = _facts_of(trainer)
         self._told_tuning = False
+        self._on_gpu = trainer.device.type == "cuda"
+        self._hidden: dict[str, str] = {}
         self._predicted_bubble = simulate(trainer.plan).bubble_ratio
         self._comparison: Comparison | None = None
         options.out.mkdir(parents=True, exist_ok=True)
@@ -148,6 +154,14 @@ class _Reporter:
                 self._console.print(f"            {line}", highlight=False, soft_wrap=True)
             self._facts = {**_facts_of(trainer), "SMs tried": times_tried(tuner.result)}
 
+    def profiled(self, step: Callable[[], StepReport]) -> StepReport:
+        """Take a step and see how much of its communication is hidden, on rank 0's GPU."""
+        if not self._active or not self._on_gpu:
+            return step()
+        report, overlap = overlap_of(step)
+        self._hidden = {"communication hidden": hidden_share(overlap)}
+        return report
+
     def end_of_steps(self) -> None:
         """The run itself is over."""
         if self._active:
@@ -178,10 +192,21 @@ class _Reporter:
         summary = summarize(
             self._metrics.rows, self._facts, predicted_bubble=self._predicted_bubble
         )
+        summary.update(self._hidden)
         if self._comparison is not None:
             summary.update(self._comparison.rows())
         show_summary(self._console, summary, out / "summary.json")
         self._console.print(f"saved in {out}", highlight=False)
+
+
+def hidden_share(overlap: OverlapReport | None) -> str:
+    """The row of the summary; None where it could not be measured."""
+    if overlap is None:
+        return "not known: the profiler saw no GPU"
+    if not overlap.communication_us:
+        return "nothing communicates"
+    waiting = overlap.waiting_us / overlap.communication_us
+    return f"{overlap.hidden:.1%} of the last step's, {waiting:.0%} of it waiting for ranks"
 
 
 def _facts_of(trainer: Trainer) -> dict[str, str]:
