@@ -142,9 +142,11 @@ class Buffer:
             raise ValueError(f"expected num_sms that can be used here, got {num_sms}: {reason}")
         kind = switching.transport_for(num_sms)
         if kind.name != self.transport:
+            # Made first: if it cannot be, everything stays as it was.
+            other = self._others.get(kind.name) or kind(switching.config_for(num_sms, self.config))
+            self._others.pop(kind.name, None)
             self._others[self.transport] = self._transport
-            other = self._others.pop(kind.name, None)
-            self._transport = other or kind(switching.config_for(num_sms, self.config))
+            self._transport = other
             self._ticket = make_ticket(self._transport)
         if isinstance(self._transport, switching.NVLinkTransport):
             self._transport.use_sms(num_sms)

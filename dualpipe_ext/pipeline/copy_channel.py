@@ -165,6 +165,8 @@ class CopyChannel:
         siblings[self.sends, self.peer] = self
         self._expected: deque[Arriving] = deque()
         self._moving: deque[_Moving] = deque()
+        # The last of what has been sent since the other rank was seen to have read everything.
+        self._unread: tuple[Piece, str] | None = None
 
     def send(self, tensors: Sequence[Tensor], what: str) -> None:
         """Start sending; the tensors are kept until they are sent and must not change before.
@@ -191,6 +193,7 @@ class CopyChannel:
                 lane.copy(there, parts[part.index][part.start : part.stop])
             lane.signal()
         self._moving.append(_Moving(pieces, what, lane.mark(), parts))
+        self._unread = pieces[-1], what
 
     def receive(self, layouts: Sequence[tuple[Sequence[int], torch.dtype]]) -> Arriving:
         """Expect a message, given the shapes and dtypes of its tensors: nothing happens yet.
@@ -268,11 +271,18 @@ class CopyChannel:
         self._prune()
 
     def drain(self) -> None:
-        """Wait, on the host, until everything is sent, or has come.
+        """Wait, on the host, until everything is sent and read, or has come.
+
+        Read too: copies follow a wait for room that has failed. What they write over must belong to
+        a step that cannot end well any more, not to one that its reader has yet to end.
 
         Raises:
             CommTimeoutError: the other rank did not take its part within the time-out.
         """
+        if self._unread is not None:
+            (last, what), self._unread = self._unread, None
+            self._lane.acquire(last.number, last.number)
+            self._moving.append(_Moving([last], what, self._lane.mark()))
         while self._moving:
             self._wait_for(self._moving[0].mark)
             self._prune()

@@ -9,8 +9,8 @@ What belongs here: turns of the two sides (:func:`interleave`), where deferred w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ class PairTimes:
         forward: of every phase.
         backward: of every phase, without deferred weight gradients.
         weights: of every phase's deferred weight gradients, in the order they were deferred.
+        weight_of: which weight each of these is for; those of one weight keep their order, in which
+            they are added up. What is not in it is for a weight of its own.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
+    weight_of: Mapping[Launch, Hashable] = field(default_factory=dict)
 
     def of(self, launch: Launch) -> float:
         """Seconds of a launch."""
@@ -182,7 +185,8 @@ def _fill(
             continue
         computes = streams.stream_of(launch) == "compute"
         while computes and owed and (room := streams.gap_before(launch)) > 0:
-            fitting = [w for w in owed if (1 - overhang) * times.of(w) <= room]
+            first = {times.weight_of.get(w, w): w for w in reversed(owed)}.values()
+            fitting = [w for w in first if (1 - overhang) * times.of(w) <= room]
             if not fitting:
                 break
             longest = max(fitting, key=times.of)

@@ -106,7 +106,9 @@ class Launcher:
 
     def can_time(self) -> bool:
         """Whether launches go to two streams whose events tell the time."""
-        return self._comm is not None and not torch.cuda.is_current_stream_capturing()
+        if self._comm is None or (self._partition is not None and self._partition.trying):
+            return False
+        return not torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def timing(self, launch: Launch, sample: Sample | None) -> Iterator[None]:
@@ -337,6 +339,10 @@ class ChunkGraph:
         """Numbers of the deferred weight gradients of phase ``index`` that have not run."""
         return self._store.parts((self._key, index))
 
+    def weight_of(self, index: int, part: int) -> Any:
+        """Which weight one of :meth:`parts` is for."""
+        return self._store.weight_of((self._key, index), part)
+
     def run_weights(self, index: int, part: int | None = None) -> None:
         """Compute the deferred weight gradients of phase ``index``: all that are left, or one."""
         left = self.parts(index)
@@ -369,7 +375,8 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
     """Run the forward of one chunk and the whole backward of another, interleaved.
 
     ``backward.start_backward`` has been called. Every launch does what it would do alone, so the
-    results are those of the forward and then the backward, bit for bit, whatever the order.
+    results are those of the forward and then the backward, bit for bit, whatever the order. (Not
+    so for a weight whose gradient is deferred in one place and not in another.)
     """
     launcher = forward.launcher
     order, sample = launcher.orders.begin(
@@ -379,7 +386,9 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
         for launch in order:
             if launch.op == "W" and sample is not None:
                 for part in backward.parts(launch.index):
-                    with launcher.timing(Launch("W", launch.index, part), sample):
+                    single = Launch("W", launch.index, part)
+                    sample.weights[single] = backward.weight_of(launch.index, part)
+                    with launcher.timing(single, sample):
                         backward.run_weights(launch.index, part)
             with launcher.timing(launch, None if launch.op == "W" else sample):
                 if launch.op == "F":

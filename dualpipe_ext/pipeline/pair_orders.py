@@ -8,7 +8,7 @@ is through with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # The first pairs load kernels and fill the allocator.
 WARM_UP = 2
 NUM_SAMPLES = 3
+# How often samples that are not of the same launches are taken again.
+_TRIES = 3
 
 
 class Sample:
@@ -28,6 +30,8 @@ class Sample:
 
     def __init__(self) -> None:
         self._marks: dict[Launch, tuple[Any, Any]] = {}
+        self.weights: dict[Launch, Hashable] = {}
+        """Which weight each W is for."""
 
     def add(self, launch: Launch, begin: Any, end: Any) -> None:
         """Note a launch by its events, which can tell the time between them."""
@@ -84,6 +88,7 @@ class _Kind:
         self._settled = False
         self._seen = 0
         self._samples: list[Sample] = []
+        self._tries = 0
 
     def begin(self, may_time: bool) -> tuple[Sequence[Launch], Sample | None]:
         if self._settled or not may_time:
@@ -96,6 +101,8 @@ class _Kind:
             return self._order, self._samples[-1]
         if all(sample.done() for sample in self._samples):
             self._settle()
+            self._tries += 1
+            self._settled |= self._tries == _TRIES
         return self._order, None
 
     def _settle(self) -> None:
@@ -115,4 +122,5 @@ class _Kind:
             forward=tuple(middle[Launch("F", index)] for index in range(len(self._forward))),
             backward=tuple(middle[Launch("B", index)] for index in range(len(self._backward))),
             weights=tuple(tuple(middle[launch] for launch in parts) for parts in weights),
+            weight_of=samples[-1].weights,
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 
 # Closures of the running input-only backward, or None. A module global and nothing thread-local:
 # for CUDA, autograd runs the backward on a thread of its own while the caller waits.
-_deferred: list[Callable[[], None]] | None = None
+_deferred: list[_Closure | None] | None = None
 
 # SMs for a product: a number, None for all, or what is asked whenever a product is launched, since
 # the backward of a layer may have other things beside it than its forward.
 MaxSms = int | Callable[[], int | None] | None
+
+
+class _Closure(NamedTuple):
+    weight: Hashable
+    run: Callable[[], None]
 
 
 class WeightGradStore:
@@ -49,7 +54,7 @@ class WeightGradStore:
     in_parts = True
 
     def __init__(self) -> None:
-        self._closures: dict[Hashable, list[Callable[[], None] | None]] = {}
+        self._closures: dict[Hashable, list[_Closure | None]] = {}
 
     def __len__(self) -> int:
         """Number of keys whose weight gradients have not run."""
@@ -73,6 +78,13 @@ class WeightGradStore:
         closures = self._closures.get(key, ())
         return [part for part, closure in enumerate(closures) if closure is not None]
 
+    def weight_of(self, key: Hashable, part: int) -> Hashable:
+        """Which weight one of :meth:`parts` is for. Gradients of one weight are to run in the order
+        in which they were deferred: another order of additions gives other bits."""
+        closure = self._closures[key][part]
+        assert closure is not None
+        return closure.weight
+
     def run(self, key: Hashable, part: int | None = None) -> None:
         """Compute the weight gradients deferred under ``key``, in the order they were deferred.
 
@@ -88,7 +100,7 @@ class WeightGradStore:
         closures = self._closures.pop(key, [])
         for number in left if part is None else (part,):
             closure, closures[number] = closures[number], None
-            closure()
+            closure.run()
         if part is not None and left != [part]:
             self._closures[key] = closures
 
@@ -119,7 +131,7 @@ def take_or_defer(
             grad = compute(restore())
         torch.autograd.backward((weight,), (grad,))
 
-    _deferred.append(accumulate)
+    _deferred.append(_Closure(id(weight), accumulate))
     return None
 
 

@@ -65,6 +65,8 @@ persistent, queued) with comm_sms='auto', got 'carve_out'; give a number
         check_comm_sms(comm_sms, means)
         self.asked, self.means = comm_sms, means
         self._comm_sms: int | None = None
+        self.trying = False
+        """Whether the number in force is one of several that are being compared."""
         self._beside = False
         self._followers: list[Callable[[int], object]] = []
         self._told: Untold | None = None
@@ -98,13 +100,22 @@ persistent, queued) with comm_sms='auto', got 'carve_out'; give a number
             ValueError: not a number of SMs, or compute would have none.
         """
         self.check(comm_sms)
-        for follower in self._followers:
-            follower(comm_sms)
+        told = []
+        try:
+            for follower in self._followers:
+                follower(comm_sms)
+                told.append(follower)
+        except BaseException:
+            for follower in told if self._comm_sms is not None else ():
+                follower(self._comm_sms)
+            raise
         self._comm_sms = comm_sms
 
     def check(self, comm_sms: int) -> None:
         """Refuse with ``ValueError`` what :meth:`set` would."""
         check_comm_sms(comm_sms, self.means)
+        if comm_sms == AUTO:
+            raise ValueError("expected comm_sms to be a number by now, got 'auto'")
         if self._told is not None and (
             comm_sms >= self._told.num_sms or self._told.left(comm_sms) < 1
         ):

@@ -111,6 +111,8 @@ class SMTuner:
         """Takes the time of a step at every yield."""
         for _ in range(WARM_UP):
             yield
+        # Pairs keep their plain launch order meanwhile: learning takes longer than a visit.
+        self._partition.trying = True
         reasons = [self._reason(number) for number in self._numbers]
         usable = self._usable(reasons)
         times: dict[int, list[float]] = {number: [] for number in usable}
@@ -142,6 +144,7 @@ class SMTuner:
             Candidate(number, value, self._told(number, reason, times))
             for number, value, reason in zip(self._numbers, seconds, reasons, strict=True)
         )
+        self._partition.trying = False
         best = min(times, key=lambda n: seconds[self._numbers.index(n)], default=None)
         if best is not None:
             self._partition.set(best)

@@ -76,8 +76,9 @@ def run(config: TrainConfig, options: RunOptions) -> list[float]:
     losses: list[float] = []
     with _Reporter(trainer, options) as reporter:
         while trainer.steps_done < config.steps:
-            # The last step, for what profiles may cost is paid from then on.
-            profiled = trainer.steps_done + 1 == config.steps
+            # The last step, for what a profile may cost is paid from then on; so not if others
+            # are to be compared with it.
+            profiled = trainer.steps_done + 1 == config.steps and not options.compare_unbalanced
             report = reporter.profiled(trainer.step) if profiled else trainer.step()
             losses.append(report.loss)
             reporter.step(report, trainer)

@@ -251,3 +251,23 @@ def test_empty_messages_cross_without_a_piece():
     assert tensor.shape == (0, 4)
     assert tensor.device == CPU
     assert not any(stream.queue for stream in world.streams)
+
+
+def test_what_is_not_read_yet_is_not_written_over_after_its_step(monkeypatch):
+    """A sender that has ended a step was seen to be read: a later wait for room that fails, behind
+    which copies go on, spoils messages of its own step alone."""
+    world = World(2, [(0, 1)], ring_bytes=MIN_BYTES, seed=3)
+    sender, receiver = world.channels[0, 0, 1], world.channels[1, 0, 1]
+    for number in range(4):
+        sender.send([torch.full((256,), number, dtype=torch.uint8)], f"message {number}")
+    world.advance()
+    monkeypatch.setattr(copy_channel.time, "sleep", lambda _: world.advance())
+    world.ranks[0].expired = True  # the receiver has been slow for the whole time-out
+    with pytest.raises(CommTimeoutError, match=r"rank 0 waited .* for rank 1 .* message 3"):
+        sender.drain()
+    world.ranks[0].expired = False
+    for number in range(4):
+        message = receiver.receive([((256,), torch.uint8)])
+        (found,) = receiver.wait(message, f"message {number}")
+        world.advance()
+        assert found.eq(number).all()

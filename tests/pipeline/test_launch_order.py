@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,6 +88,19 @@ def test_only_weights_move_and_none_is_lost(case):
         assert all(order.index(w) > order.index(Launch("B", index)) for w in mine)
         if mine != [Launch("W", index)]:
             assert sorted(launch.part for launch in mine) == list(range(len(parts)))
+
+
+def test_gradients_of_one_weight_keep_their_order():
+    side = phases(2)
+    # Longest first would take the last ones of each phase first; both phases have the same weight.
+    parts = {"attention": (0.1, 0.5, 1.4), "mlp": (0.2, 0.9, 1.9)}
+    times = times_of(side, compute={"attention": 1.9, "mlp": 3.3}, comm=3.9, weights=parts)
+    pieces = [Launch("W", i, p) for i in (6, 4, 2, 0) for p in range(3)]
+    free = [launch for launch in fill_gaps(side, side, times) if launch.op == "W"]
+    assert free != pieces
+    times = replace(times, weight_of=dict.fromkeys(pieces, "tied"))
+    tied = [launch for launch in fill_gaps(side, side, times) if launch.op == "W"]
+    assert tied in (pieces, [Launch("W", i) for i in (6, 4, 2, 0)])
 
 
 @given(cases())

@@ -39,6 +39,19 @@ def _device_is_ahead():
     Event.now = float("inf")
 
 
+def test_kinds_without_a_fixed_number_of_gradients_stay_plain():
+    orders = warmed_up()
+    fewer = (*TIMES.weights[:-2], (2,), ())
+    sampled = 0
+    for number in range(100):
+        order, sample = orders.begin(SIDE, SIDE, may_time=True)
+        assert order == interleave(SIDE, SIDE)
+        if sample is not None:
+            sampled += 1
+            note(sample, weights=(TIMES.weights, fewer)[number % 2])
+    assert sampled == 3 * NUM_SAMPLES
+
+
 def note(sample, *, begin=0.0, factor=1.0, weights=TIMES.weights):
     launches = [Launch(op, index) for op in "FB" for index in range(len(SIDE))]
     launches += [
