@@ -2,8 +2,14 @@
 
     python benchmarks/ep_tuning.py [--sms 8,24,64] [--cases own,fp8_buffer] \
         [--change send_ctas=12 --change send_warps=8,send_stages=3]
+    python benchmarks/ep_tuning.py --copies in_turn:8,in_turn:4-8,at_once:2-5-8 [--sms 16,32]
 
 Every case is measured as ``tuning.py`` has it, then with each ``--change`` of fields of ``Tuning``.
+With ``--copies`` the copy engines are measured, with SMs to pack and unpack: as ``tuning.py`` has
+them, then with rows to one peer after the other (``in_turn``; ``in_turn_early``: ranks do not wait
+for each other's first part) or to all at once, in parts that end at those eighths of a segment.
+Alone it stands for all three in 1, 2, 3 and 8 parts.
+
 Needs two GPUs or more (and does nothing elsewhere); 4096 tokens per rank x 7168, 256 experts,
 top-8, cached handles. Prints microseconds a call, of the slowest rank, the median of three rounds:
 15 calls in a CUDA graph, and 15 from Python. For comparing variants; ``dualpipe bench ep`` checks
@@ -16,7 +22,9 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,23 +46,40 @@ CASES = (
     "combine",
     "combine_expert",
 )
+# Of copies: attributes of the transport.
+WAYS = {
+    "in_turn": {"in_turn": True, "begin_together": True},
+    "in_turn_early": {"in_turn": True, "begin_together": False},
+    "at_once": {"in_turn": False, "begin_together": False},
+}
+COPIES = ",".join(
+    f"{way}:{ends}" for way in WAYS for ends in ("8", "3-8", "4-8", "2-5-8", "1-2-3-4-5-6-7-8")
+)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sms", default="8,24,64")
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--change", action="append", default=[])
+    parser.add_argument("--cases")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--change", action="append", default=[])
+    how.add_argument("--copies", nargs="?", const=COPIES)
     options = parser.parse_args(arguments)
     if torch.cuda.device_count() < 2:
         print(f"nothing to compare: {torch.cuda.device_count()} GPUs, needs two", file=sys.stderr)
         return 0
-    cases = options.cases.split(",")
-    if unknown := set(cases) - set(CASES):
-        parser.error(f"expected --cases of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    # Copy engines leave nothing in the buffer.
+    known = [case for case in CASES if options.copies is None or not case.endswith("buffer")]
+    cases = options.cases.split(",") if options.cases else known
+    if unknown := set(cases) - set(known):
+        parser.error(f"expected --cases of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     sms = [int(word) for word in options.sms.split(",")]
-    changes = [{}, *map(parse_change, options.change)]
-    run_ranks(measure_all, torch.cuda.device_count(), sms, cases, changes, backend="nccl")
+    if options.copies is None:
+        transport, changes = "nvlink", list(map(parse_change, options.change))
+    else:
+        transport, changes = "copy_engine", list(map(parse_copies, options.copies.split(",")))
+    ranks = torch.cuda.device_count()
+    run_ranks(measure_all, ranks, transport, sms, cases, [{}, *changes], backend="nccl")
     return 0
 
 
@@ -70,17 +95,45 @@ def parse_change(text: str) -> dict[str, int]:
     return change
 
 
+def parse_copies(text: str) -> dict[str, Any]:
+    """``in_turn:4-8`` as attributes of the transport."""
+    way, _, ends = text.partition(":")
+    parts = tuple(int(end) for end in ends.split("-") if end.isdigit())
+    ascending = list(parts) == sorted(set(parts))
+    if way not in WAYS or not ascending or parts[-1:] != (tuning.SEGMENT_UNITS,):
+        raise SystemExit(f"expected --copies WAY:4-8 with a WAY of {[*WAYS]}, got {text!r}")
+    return {**WAYS[way], "part_ends": parts}
+
+
+@contextmanager
+def with_change(transport: Any, change: dict[str, Any]) -> Iterator[None]:
+    """Calls are planned with the change, and after it without."""
+    names = ("for_dispatch", "for_combine") if transport.name == "nvlink" else change
+    target = tuning if transport.name == "nvlink" else transport
+    before = {name: getattr(target, name) for name in names}
+    for name, value in before.items():
+        changed_to = changed(value, change) if transport.name == "nvlink" else change[name]
+        setattr(target, name, changed_to)
+    # Plans are kept: without this the change would not be seen.
+    transport.forget_plans()
+    yield
+    for name, value in before.items():
+        setattr(target, name, value)
+    transport.forget_plans()
+
+
 @torch.no_grad()
-def measure_all(sms: list[int], cases: list[str], changes: list[dict[str, int]]) -> None:
+def measure_all(
+    transport: str, sms: list[int], cases: list[str], changes: list[dict[str, Any]]
+) -> None:
     """On every rank: each case with each change, on each number of SMs."""
-    plans = {name: getattr(tuning, name) for name in ("for_dispatch", "for_combine")}
     for num_sms in sms:
         buffer = Buffer(
             hidden=HIDDEN,
             num_experts=EXPERTS,
             top_k=TOP_K,
             max_tokens=TOKENS,
-            transport="nvlink",
+            transport=transport,
             num_sms=num_sms,
             # Every graph keeps a slab.
             num_slabs=1 + len(cases) * len(changes),
@@ -88,16 +141,10 @@ def measure_all(sms: list[int], cases: list[str], changes: list[dict[str, int]])
         for case in cases:
             call = make_call(buffer, case)
             for change in changes:
-                for name, plan in plans.items():
-                    setattr(tuning, name, changed(plan, change))
-                # Plans are kept: without this the change would not be seen.
-                buffer._transport.forget_plans()
-                line = measured(call)
+                with with_change(buffer._transport, change):
+                    line = measured(call)
                 if dist.get_rank() == 0:
                     print(f"{num_sms:4} {case:15} {line}  {change or ''}", flush=True)
-            for name, plan in plans.items():
-                setattr(tuning, name, plan)
-            buffer._transport.forget_plans()
         buffer.check()
         del call, buffer
 

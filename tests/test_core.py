@@ -138,7 +138,7 @@ def test_bad_parts(change, message):
         receive_piece=1024,
         mixed=False,
     )
-    good = {"ends": [2, 5, 8], "pack_ctas": 1, "take_ctas": 1}
+    good = {"ends": [2, 5, 8], "in_turn": True, "together": True, "pack_ctas": 1, "take_ctas": 1}
     c.CopyShape(staging_slab=1, pack=warps, take=warps, **good)
     with pytest.raises(ValueError, match=message):
         c.CopyShape(staging_slab=1, pack=warps, take=warps, **good | change)

@@ -178,10 +178,17 @@ void set_repeats(CopyLanes& lanes, double repeats) {
   lanes.repeats = repeats;
 }
 
-CopyShape copy_shape(const std::vector<uint32_t>& ends, uint32_t staging_slab, const Tuning& pack,
-                     uint32_t pack_ctas, const Tuning& take, uint32_t take_ctas) {
-  CopyShape shape{
-      {static_cast<uint32_t>(ends.size()), {}}, staging_slab, pack, pack_ctas, take, take_ctas};
+CopyShape copy_shape(const std::vector<uint32_t>& ends, bool in_turn, bool together,
+                     uint32_t staging_slab, const Tuning& pack, uint32_t pack_ctas,
+                     const Tuning& take, uint32_t take_ctas) {
+  CopyShape shape{{static_cast<uint32_t>(ends.size()), {}},
+                  in_turn,
+                  together,
+                  staging_slab,
+                  pack,
+                  pack_ctas,
+                  take,
+                  take_ctas};
   uint32_t before = 0;
   for (size_t i = 0; i < ends.size(); ++i) {
     if (ends[i] <= before || ends[i] > kSegmentUnits) before = kSegmentUnits + 1;
@@ -323,8 +330,9 @@ void bind_copies(py::module_& m) {
            }),
            py::kw_only(), py::arg("sends"), py::arg("receives"));
   py::class_<CopyShape>(m, "CopyShape")
-      .def(py::init(&copy_shape), py::kw_only(), py::arg("ends"), py::arg("staging_slab"),
-           py::arg("pack"), py::arg("pack_ctas"), py::arg("take"), py::arg("take_ctas"));
+      .def(py::init(&copy_shape), py::kw_only(), py::arg("ends"), py::arg("in_turn"),
+           py::arg("together"), py::arg("staging_slab"), py::arg("pack"), py::arg("pack_ctas"),
+           py::arg("take"), py::arg("take_ctas"));
   m.def("carry_dispatch", &carry_dispatch, py::arg("comm"), py::arg("calls"), py::arg("lanes"),
         py::arg("copies"), py::arg("shape"), py::arg("plan"), py::arg("stream"));
   m.def("carry_combine", &carry_combine, py::arg("comm"), py::arg("calls"), py::arg("lanes"),

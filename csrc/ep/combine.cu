@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   const bool begins = kHalf != Half::kReduce && staged.part.begins();
   const bool ends = kHalf != Half::kPack && staged.part.ends();
 
-  if (begins && cta == 0 && warp + 1 == blockDim.x / 32) c.send_permits(0);
+  if (begins && !staged.together && cta == 0 && warp + 1 == blockDim.x / 32) c.send_permits(0);
   for (uint32_t r = threadIdx.x; r < c.num_ranks(); r += blockDim.x) {
     first_rows[r] = c.first_row(c.me(), r);
   }
@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   }
   // The copies that follow on the stream write into the peers' slabs.
   if (kHalf == Half::kPack && begins && cta == 0 && warp == 0) {
+    if (staged.together) c.send_permits(0);
     c.open_copies(Phase::kCombinePermit);
   }
   finish_epoch(watchdog.state, ends ? &watchdog.state->transfer_epoch : nullptr, args.launch.ctas);

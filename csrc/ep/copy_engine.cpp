@@ -18,6 +18,23 @@
 //   wait    one thread per peer, with the time-out of every wait
 //   take    dispatch.cu's receive role, combine.cu's sums
 //
+// To all peers at once, or in turn: with more than two ranks, several would write to one receiver
+// while others get nothing. So rows go on one stream, part by part, from rank r to r + 1, r + 2,
+// ...: in every turn, each rank receives from one other. Small arrays and flags stay on the streams
+// of the peers, for between the copies of one stream the link stands idle.
+//
+//   stream of the call      pack 0 --- pack 1 --- ...
+//   stream of turns           +-> rows to r+1 --> rows to r+2 --> rows to r+3 --> rows 1 to r+1 ...
+//   stream of peer r+1        +-> numbers --+-> flag 0 |               |
+//   stream of peer r+2        +-> numbers -------------+-> flag 0      |
+//   stream of peer r+3        +-> numbers -----------------------------+-> flag 0
+//
+// No rank waits for a turn of another: being out of step costs time, not rows. Permits bring ranks
+// into step, in every call anew: given when the first part is packed, they let the copies of all
+// ranks begin within microseconds. From there on who is late shares a receiver with the next one,
+// and is later by twice as much in the turn after; so turns are to be few, and parts large
+// (segment_parts in ep/tuning.py).
+//
 // A receiver that knows that nobody has rows for it beyond some part takes in no further ones, but
 // waits for everybody's flag of the last: what is copied before it must not land in a later call.
 // At the end the call's stream waits for this rank's own copies: the next pack overwrites what they
@@ -78,9 +95,7 @@ class Carrier {
         }
         if (const auto status = lanes_after(i)) return status;
       }
-      for (size_t local = 0; local < ranks_.size(); ++local) {
-        if (const auto status = copy_part(local, i, sent)) return status;
-      }
+      if (const auto status = copy_part(i, sent)) return status;
     }
     const uint32_t come = parts_used(&CopyCall::receives);
     for (uint32_t i = 0; i < come; ++i) {
@@ -117,6 +132,10 @@ class Carrier {
   cudaError_t lanes_after(uint32_t part) const {
     if (num_ranks() == 1) return cudaSuccess;
     if (const auto status = cudaEventRecord(lanes_.packed(part), stream_)) return status;
+    if (shape_.in_turn) {
+      const auto status = cudaStreamWaitEvent(lanes_.turns(), lanes_.packed(part), 0);
+      if (status != cudaSuccess) return status;
+    }
     for (uint32_t peer = 0; peer < num_ranks(); ++peer) {
       if (!serves(peer)) continue;
       const auto status = cudaStreamWaitEvent(lanes_.lane(peer), lanes_.packed(part), 0);
@@ -125,7 +144,7 @@ class Carrier {
     return cudaSuccess;
   }
 
-  // Orders the call's stream after all copies.
+  // Orders the call's stream after all copies: rows that went in turn have a flag behind them.
   cudaError_t after_lanes() const {
     for (uint32_t peer = 0; num_ranks() > 1 && peer < num_ranks(); ++peer) {
       if (!serves(peer)) continue;
@@ -136,22 +155,36 @@ class Carrier {
     return cudaSuccess;
   }
 
-  cudaError_t copy_part(size_t local, uint32_t index, uint32_t used) const {
-    const uint32_t rank = ranks_[local];
+  // In turn i, every rank of the launch sends to the i-th after it.
+  cudaError_t copy_part(uint32_t index, uint32_t used) const {
     for (uint32_t i = 1; i < num_ranks(); ++i) {
-      const uint32_t peer = (rank + i) % num_ranks();
-      for (const CopyArray& array : arrays_[local]) {
-        const auto status = copy_array(array, local, peer, shape_.parts.at(index, used));
-        if (status != cudaSuccess) return status;
+      for (size_t local = 0; local < ranks_.size(); ++local) {
+        const uint32_t peer = (ranks_[local] + i) % num_ranks();
+        if (const auto status = copy_segment(local, peer, index, used)) return status;
       }
-      const uint32_t flags = index + 1 == used ? shape_.parts.count - index : 1;
-      if (const auto status = copy_flags(rank, peer, index, flags)) return status;
     }
     return cudaSuccess;
   }
 
+  cudaError_t copy_segment(size_t local, uint32_t peer, uint32_t index, uint32_t used) const {
+    const SegmentPart part = shape_.parts.at(index, used);
+    const cudaStream_t lane = lanes_.lane(peer);
+    for (const CopyArray& array : arrays_[local]) {
+      const bool rows = &array == &arrays_[local].front();
+      const cudaStream_t stream = rows && shape_.in_turn ? lanes_.turns() : lane;
+      if (const auto status = copy_array(array, local, peer, part, stream)) return status;
+    }
+    if (shape_.in_turn) {
+      auto status = cudaEventRecord(lanes_.turn_over(), lanes_.turns());
+      if (status == cudaSuccess) status = cudaStreamWaitEvent(lane, lanes_.turn_over(), 0);
+      if (status != cudaSuccess) return status;
+    }
+    const uint32_t flags = index + 1 == used ? shape_.parts.count - index : 1;
+    return copy_flags(ranks_[local], peer, index, flags);
+  }
+
   cudaError_t copy_array(const CopyArray& array, size_t local, uint32_t peer,
-                         const SegmentPart& part) const {
+                         const SegmentPart& part, cudaStream_t stream) const {
     const uint32_t rank = ranks_[local];
     const std::vector<uint32_t>& sends = calls_[local].sends;
     const uint64_t first = part.first_row(max_tokens(), sends[peer]);
@@ -174,7 +207,7 @@ class Carrier {
       const auto count = left >= 1 ? rows : static_cast<uint64_t>(left * static_cast<double>(rows));
       if (count == 0) break;
       const auto status = copy_rows(in_slab(peer, 0, rank), array.pitch, from, from_pitch,
-                                    from_pitch, count, lanes_.lane(peer));
+                                    from_pitch, count, stream);
       if (status != cudaSuccess) return status;
     }
     return cudaSuccess;
@@ -201,7 +234,7 @@ class Carrier {
   const cudaStream_t stream_;
   ArrivalsArgs arrivals_{};
   std::vector<uint32_t> ranks_;                 // of the launch
-  std::vector<std::vector<CopyArray>> arrays_;  // of each
+  std::vector<std::vector<CopyArray>> arrays_;  // of each, rows first
 };
 
 template <class Args>
@@ -216,6 +249,8 @@ Args with_warps(Args args, const Tuning& tuning, uint32_t ctas) {
 CopyLanes::~CopyLanes() {
   // Nobody is left to tell of an error; at the end of a process the driver may be gone.
   for (cudaStream_t lane : lanes_) (void)cudaStreamDestroy(lane);
+  if (turns_ != nullptr) (void)cudaStreamDestroy(turns_);
+  if (turn_over_ != nullptr) (void)cudaEventDestroy(turn_over_);
   for (cudaEvent_t event : packed_) (void)cudaEventDestroy(event);
   for (cudaEvent_t event : carried_) (void)cudaEventDestroy(event);
 }
@@ -236,7 +271,11 @@ cudaError_t CopyLanes::open(uint32_t num_ranks) {
     if (status != cudaSuccess) return status;
     lanes_.push_back(lane);
   }
-  const auto status = make_events(packed_, kSegmentUnits);
+  auto status = cudaStreamCreateWithFlags(&turns_, cudaStreamNonBlocking);
+  if (status == cudaSuccess) {
+    status = cudaEventCreateWithFlags(&turn_over_, cudaEventDisableTiming);
+  }
+  if (status == cudaSuccess) status = make_events(packed_, kSegmentUnits);
   return status != cudaSuccess ? status : make_events(carried_, num_ranks);
 }
 
@@ -259,7 +298,7 @@ cudaError_t carry_dispatch(const CopyLanes& lanes, DispatchArgs args,
   return carrier.run(
       Phase::kDispatchRows, false,
       [&](const SegmentPart& part) {
-        return launch_dispatch_pack(pack, {shape.staging_slab, part}, stream);
+        return launch_dispatch_pack(pack, {shape.staging_slab, part, shape.together}, stream);
       },
       [&](const SegmentPart& part) { return launch_dispatch_unpack(take, part, stream); });
 }
@@ -284,7 +323,7 @@ cudaError_t carry_combine(const CopyLanes& lanes, CombineArgs args,
   return carrier.run(
       Phase::kCombineRows, direct,
       [&](const SegmentPart& part) {
-        return launch_combine_pack(pack, {shape.staging_slab, part}, stream);
+        return launch_combine_pack(pack, {shape.staging_slab, part, shape.together}, stream);
       },
       [&](const SegmentPart& part) { return launch_combine_reduce(take, part, stream); });
 }

@@ -25,8 +25,13 @@ class CopyLanes {
   cudaError_t open(uint32_t num_ranks);
 
   uint32_t num_lanes() const { return static_cast<uint32_t>(lanes_.size()); }
-  // What goes to that peer, of all ranks of a launch.
+  // What goes to that peer, of all ranks of a launch; but for the rows if these go in turn.
   cudaStream_t lane(uint32_t peer) const { return lanes_[peer]; }
+  // Rows that go to one peer after the other.
+  cudaStream_t turns() const { return turns_; }
+  // Rows of one turn are there. Who waits for an event waits for what it was last recorded after,
+  // so one event serves all turns.
+  cudaEvent_t turn_over() const { return turn_over_; }
   cudaEvent_t packed(uint32_t part) const { return packed_[part]; }
   cudaEvent_t carried(uint32_t peer) const { return carried_[peer]; }
 
@@ -36,6 +41,8 @@ class CopyLanes {
 
  private:
   std::vector<cudaStream_t> lanes_;
+  cudaStream_t turns_ = nullptr;
+  cudaEvent_t turn_over_ = nullptr;
   std::vector<cudaEvent_t> packed_, carried_;
 };
 
@@ -48,6 +55,8 @@ struct CopyCall {
 // What all ranks of a call share.
 struct CopyShape {
   SegmentParts parts;
+  bool in_turn;   // rows go to one peer after the other, not to all at once
+  bool together;  // of StagedPart
   uint32_t staging_slab;
   Tuning pack;         // of the kernels before the copies
   uint32_t pack_ctas;  //

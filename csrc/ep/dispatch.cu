@@ -172,7 +172,9 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const bool begins = kSends && staged.part.begins();
   const bool ends = kReceives && staged.part.ends();
 
-  if (begins && cta == 0 && warp + 1 == blockDim.x / 32) d.send_permits(call.slab);
+  if (begins && !staged.together && cta == 0 && warp + 1 == blockDim.x / 32) {
+    d.send_permits(call.slab);
+  }
   if (kHalf == Half::kBoth && t.mixed != 0) {
     const uint32_t ctas = args.launch.ctas;
     if (warp < t.send_warps) {
@@ -205,6 +207,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   }
   // The copies that follow on the stream write into the peers' slabs.
   if (kHalf == Half::kPack && begins && cta == 0 && warp == 0) {
+    if (staged.together) d.send_permits(call.slab);
     d.open_copies(Phase::kDispatchPermit);
   }
   finish_epoch(watchdog.state, ends ? &watchdog.state->transfer_epoch : nullptr, args.launch.ctas);

@@ -52,6 +52,9 @@ struct SegmentPart {
 struct StagedPart {
   uint32_t staging_slab;
   SegmentPart part;
+  // Peers get leave to write when the first part is packed, not before: so all ranks' copies, each
+  // of which waits for the leave of all, begin at once.
+  bool together = false;
 };
 
 // The parts of all segments of a transfer, equal on all ranks.

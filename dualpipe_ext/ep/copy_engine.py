@@ -49,7 +49,11 @@ class CopyEngineTransport(PeerTransport):
         self._lanes = self.core.CopyLanes(config.num_ranks)
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self.part_ends: tuple[int, ...] | None = None
-        """Test hook: parts in which segments travel, whatever their size. Before the first call."""
+        """Hook of tests and benchmarks: parts in which segments travel, whatever their size."""
+        self.in_turn = tuning.in_turn(config)
+        """Whether rows go to one peer after the other, on one stream; another hook of these."""
+        self.begin_together = self.in_turn
+        """Whether no rank copies before all have packed their first part; another."""
 
     @property
     def link_repeats(self) -> float:
@@ -136,6 +140,10 @@ class CopyEngineTransport(PeerTransport):
         )
         return handle.layout == "token" and handle.sent is not None and dense
 
+    def forget_plans(self) -> None:
+        """For those who try out other parts, after calls with the ones before."""
+        self._shapes.clear()
+
     # --- what calls of a kind have in common, made once: parts, and the plan of what packs ------
 
     def _dispatch_shape(
@@ -187,6 +195,8 @@ class CopyEngineTransport(PeerTransport):
     ) -> Any:
         return self.core.CopyShape(
             ends=tuning.segment_parts(row_bytes, self.config, self.part_ends),
+            in_turn=self.in_turn,
+            together=self.begin_together,
             staging_slab=_STAGING,
             pack=pack.as_core(self.core),
             pack_ctas=pack_ctas,

@@ -41,6 +41,10 @@ _PIECE = 7168
 # 2.5 us each whatever they carry. The first is the smallest: the link stands idle until it is
 # packed.
 _PARTS = ((32 * 2**20, (2, 5, 8)), (12 * 2**20, (4, 8)), (0, (8,)))
+# The same where rows go to one peer after the other. Ranks drift apart with every turn, so there
+# are fewer and larger parts; but packing a whole segment and taking it in, with the link idle,
+# would cost more than two parts lose.
+_PARTS_IN_TURN = ((128 * 2**20, (2, 5, 8)), (24 * 2**20, (4, 8)), (0, (8,)))
 SEGMENT_UNITS = 8
 
 
@@ -178,9 +182,18 @@ def segment_parts(
     for in small buffers.
     """
     max_tokens = max(config.max_tokens, 1)
-    ends = wanted or next(ends for least, ends in _PARTS if max_tokens * row_bytes >= least)
+    table = _PARTS_IN_TURN if in_turn(config) else _PARTS
+    ends = wanted or next(ends for least, ends in table if max_tokens * row_bytes >= least)
     unit = -(-max_tokens // SEGMENT_UNITS)
     return (*(end for end in ends if end * unit < max_tokens), SEGMENT_UNITS)
+
+
+def in_turn(config: TransportConfig) -> bool:
+    """The copy-engine path: whether rows go to one peer after the other.
+
+    To all at once, several senders meet at one receiver; with one peer there is nothing to meet.
+    """
+    return config.num_ranks > 2
 
 
 def for_reduce(handle: Handle) -> Tuning:

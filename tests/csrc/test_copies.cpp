@@ -10,12 +10,19 @@ using namespace dualpipe;
 
 namespace {
 
+// Of a row, and of the numbers beside it.
 constexpr uint32_t kRowBytes = 16, kStaging = 1;
 constexpr SegmentParts kParts[] = {
     {1, {8}}, {2, {4, 8}}, {3, {2, 5, 8}}, {8, {1, 2, 3, 4, 5, 6, 7, 8}}};
 std::mt19937 random_numbers(1);
 
 uint32_t draw(uint32_t below) { return random_numbers() % below; }
+
+uint32_t word(const uint8_t* bytes) {
+  uint32_t word;
+  std::memcpy(&word, bytes, sizeof word);
+  return word;
+}
 
 // What kernels know, as Transfer does.
 template <class Call>
@@ -35,6 +42,10 @@ struct Rank {
   uint8_t* slab_row(uint32_t slab, uint32_t segment, uint32_t row) const {
     uint8_t* base = launch.peers.base[me()] + launch.layout.slab_offset(slab);
     return launch.layout.slab.rows.in(base) + (segment * most() + row) * kRegionAlignment;
+  }
+  uint8_t* slab_numbers(uint32_t slab, uint32_t segment, uint32_t row) const {
+    uint8_t* base = launch.peers.base[me()] + launch.layout.slab_offset(slab);
+    return launch.layout.slab.weights.in(base) + (segment * most() + row) * kRowBytes;
   }
   uint32_t token(uint32_t unit, uint32_t to) const {
     return unit_token(unit, most(), sent(me(), to), call.unit_tokens + to, ranks(),
@@ -84,10 +95,13 @@ void for_ranks(const Args& args, cudaStream_t stream, Act act) {
 }
 
 template <class Args, class Act>
-cudaError_t pack(const Args& args, const SegmentPart& part, cudaStream_t stream, Act act) {
-  if (part.begins()) for_ranks(args, stream, [](const auto& r) { return r.send_permits(); });
+cudaError_t pack(const Args& args, const StagedPart& staged, cudaStream_t stream, Act act) {
+  const bool begins = staged.part.begins();
+  const auto send = [](const auto& r) { return r.send_permits(); };
+  if (begins && !staged.together) for_ranks(args, stream, send);
   for_ranks(args, stream, act);
-  if (part.begins()) for_ranks(args, stream, [](const auto& r) { return r.open_copies(); });
+  if (begins && staged.together) for_ranks(args, stream, send);
+  if (begins) for_ranks(args, stream, [](const auto& r) { return r.open_copies(); });
   return cudaSuccess;
 }
 
@@ -98,15 +112,18 @@ namespace dualpipe {
 cudaError_t launch_dispatch_pack(const DispatchArgs& args, const StagedPart& staged,
                                  cudaStream_t stream) {
   const SegmentPart part = staged.part;
-  return pack(args, part, stream, [=](const auto& r) {
+  return pack(args, staged, stream, [=](const auto& r) {
     const uint32_t end = r.tokens_for_units(part.last);
     for (uint32_t t = r.tokens_for_units(part.first); t < end; ++t) {
       for (uint32_t to = 0; to < r.ranks(); ++to) {
         const int32_t row = r.call.slots[t * r.ranks() + to];
         if (row < 0) continue;
-        uint8_t* out = to == r.me() ? r.call.out_rows + row * kRowBytes
-                                    : r.slab_row(kStaging, to, row - r.first_row(r.me(), to));
-        std::memcpy(out, r.call.x + t * kRowBytes, kRowBytes);
+        const bool stays = to == r.me();
+        const uint32_t i = row - r.first_row(r.me(), to);
+        std::memcpy(stays ? r.call.out_rows + row * kRowBytes : r.slab_row(kStaging, to, i),
+                    r.call.x + t * kRowBytes, kRowBytes);
+        std::memcpy(stays ? r.call.out_weights + row * kRowBytes : r.slab_numbers(kStaging, to, i),
+                    r.call.weights + t * kRowBytes, kRowBytes);
       }
     }
     return true;
@@ -119,8 +136,9 @@ cudaError_t launch_dispatch_unpack(const DispatchArgs& args, const SegmentPart& 
     for (uint32_t s = 0; s < r.ranks(); ++s) {
       const uint32_t rows = s == r.me() ? 0 : r.sent(s, r.me());
       for (uint32_t i = part.first_row(r.most(), rows); i < part.last_row(r.most(), rows); ++i) {
-        uint8_t* out = r.call.out_rows + (r.first_row(s, r.me()) + i) * kRowBytes;
-        std::memcpy(out, r.slab_row(0, s, i), kRowBytes);
+        const uint32_t to = (r.first_row(s, r.me()) + i) * kRowBytes;
+        std::memcpy(r.call.out_rows + to, r.slab_row(0, s, i), kRowBytes);
+        std::memcpy(r.call.out_weights + to, r.slab_numbers(0, s, i), kRowBytes);
       }
     }
     if (part.ends()) ++r.state().transfer_epoch;
@@ -133,12 +151,13 @@ cudaError_t launch_combine_pack(const CombineArgs& args, const StagedPart& stage
                                 cudaStream_t stream) {
   const SegmentPart part = staged.part;
   const bool sends = args.tuning.send_warps != 0;
-  return pack(args, part, stream, [=](const auto& r) {
+  return pack(args, staged, stream, [=](const auto& r) {
     for (uint32_t s = 0; s < r.ranks(); ++s) {
       const uint32_t rows = s == r.me() || !sends ? 0 : r.sent(s, r.me());
       for (uint32_t i = part.first_row(r.most(), rows); i < part.last_row(r.most(), rows); ++i) {
-        const uint8_t* row = r.call.rows + (r.first_row(s, r.me()) + i) * kRowBytes;
-        std::memcpy(r.slab_row(kStaging, s, i), row, kRowBytes);
+        const uint32_t from = (r.first_row(s, r.me()) + i) * kRowBytes;
+        std::memcpy(r.slab_row(kStaging, s, i), r.call.rows + from, kRowBytes);
+        std::memcpy(r.slab_numbers(kStaging, s, i), r.call.row_weights + from, kRowBytes);
       }
     }
     return true;
@@ -149,18 +168,17 @@ cudaError_t launch_combine_reduce(const CombineArgs& args, const SegmentPart& pa
                                   cudaStream_t stream) {
   for_ranks(args, stream, [=](const auto& r) {
     for (uint32_t t = r.tokens_of_units(part.first); t < r.tokens_of_units(part.last); ++t) {
-      uint32_t sum = 0;
+      uint32_t sum = 0, numbers = 0;
       for (uint32_t from = 0; from < r.ranks(); ++from) {
         const int32_t slot = r.call.slots[t * r.ranks() + from];
         if (slot < 0) continue;
-        uint32_t number;
-        std::memcpy(&number,
-                    from == r.me() ? r.call.rows + slot * kRowBytes
-                                   : r.slab_row(0, from, slot - r.first_row(r.me(), from)),
-                    sizeof number);
-        sum += number;
+        const bool own = from == r.me();
+        const uint32_t i = slot - r.first_row(r.me(), from);
+        sum += word(own ? r.call.rows + slot * kRowBytes : r.slab_row(0, from, i));
+        numbers += word(own ? r.call.row_weights + slot * kRowBytes : r.slab_numbers(0, from, i));
       }
       std::memcpy(r.call.y + t * kRowBytes, &sum, sizeof sum);
+      std::memcpy(r.call.token_weights + t * kRowBytes, &numbers, sizeof numbers);
     }
     if (part.ends()) ++r.state().transfer_epoch;
     return true;
@@ -198,16 +216,23 @@ using Words = std::vector<uint32_t>;
 struct Round {
   uint32_t ranks, most;
   bool known, direct;  // the host knows the numbers; rows are copied from where they are
+  bool in_turn;        // rows go on one stream
+  bool together;       // nobody copies before all have packed
   SegmentParts parts;
   std::vector<int32_t> matrix;
   std::vector<std::vector<int32_t>> slots, unit_tokens;
-  std::vector<Words> x, out, want, rows, y, want_y;
+  // Rows, and the numbers beside each.
+  struct Rows {
+    std::vector<Words> x, out, want, rows, y, want_y;
+  } rows, numbers;
 
   Round(uint32_t ranks, uint32_t most)
       : ranks(ranks),
         most(most),
         known(draw(2) != 0),
         direct(known && draw(2) != 0),
+        in_turn(draw(2) != 0),
+        together(draw(2) != 0),
         parts(kParts[draw(4)]),
         matrix(ranks * ranks),
         slots(ranks),
@@ -225,8 +250,6 @@ struct Round {
           ++matrix[r * ranks + to];
         }
       }
-      x.push_back(drawn(tokens));
-      y.push_back(drawn(tokens));
     }
     for (uint32_t to = 0; to < ranks; ++to) {
       uint32_t row = 0;
@@ -235,19 +258,30 @@ struct Round {
           slots[r][i] += slots[r][i] < 0 ? 0 : row;
         row += matrix[r * ranks + to];
       }
-      out.push_back(drawn(row));
-      rows.push_back(drawn(row));
     }
-    want = out;
-    want_y = y;
+    draw_rows(rows);
+    draw_rows(numbers);
+  }
+
+  void draw_rows(Rows& of) {
+    for (uint32_t r = 0; r < ranks; ++r) {
+      uint32_t received = 0;
+      for (uint32_t s = 0; s < ranks; ++s) received += matrix[s * ranks + r];
+      of.x.push_back(drawn(slots[r].size() / ranks));
+      of.y.push_back(drawn(slots[r].size() / ranks));
+      of.out.push_back(drawn(received));
+      of.rows.push_back(drawn(received));
+    }
+    of.want = of.out;
+    of.want_y = of.y;
     for (uint32_t r = 0; r < ranks; ++r) {
       for (size_t t = 0; t < slots[r].size() / ranks; ++t) {
-        want_y[r][4 * t] = 0;
+        of.want_y[r][4 * t] = 0;
         for (uint32_t to = 0; to < ranks; ++to) {
           const int32_t slot = slots[r][t * ranks + to];
           if (slot < 0) continue;
-          std::copy_n(&x[r][4 * t], 4, &want[to][4 * slot]);
-          want_y[r][4 * t] += rows[to][4 * slot];
+          std::copy_n(&of.x[r][4 * t], 4, &of.want[to][4 * slot]);
+          of.want_y[r][4 * t] += of.rows[to][4 * slot];
         }
       }
     }
@@ -289,16 +323,22 @@ struct Round {
     std::vector<CopyCall> sends, returns;
     for (uint32_t i = 0; i < launch.num_local; ++i) {
       fill(there.calls[i], first + i);
-      there.calls[i].x = bytes(x[first + i]);
-      there.calls[i].out_rows = bytes(out[first + i]);
+      there.calls[i].x = bytes(rows.x[first + i]);
+      there.calls[i].weights = bytes(numbers.x[first + i]);
+      there.calls[i].out_rows = bytes(rows.out[first + i]);
+      there.calls[i].out_weights = bytes(numbers.out[first + i]);
       fill(back.calls[i], first + i);
-      back.calls[i].rows = bytes(rows[first + i]);
-      back.calls[i].y = bytes(y[first + i]);
+      back.calls[i].rows = bytes(rows.rows[first + i]);
+      back.calls[i].row_weights = bytes(numbers.rows[first + i]);
+      back.calls[i].y = bytes(rows.y[first + i]);
+      back.calls[i].token_weights = bytes(numbers.y[first + i]);
       sends.push_back(copies(first + i, false));
       returns.push_back(copies(first + i, true));
     }
     CopyShape shape{};
     shape.parts = parts;
+    shape.in_turn = in_turn;
+    shape.together = together;
     shape.staging_slab = kStaging;
     shape.pack_ctas = shape.take_ctas = 1;
     shape.pack.send_warps = 1;
@@ -308,46 +348,109 @@ struct Round {
   }
 };
 
-// Several rounds enqueued before anything runs, by processes or by virtual ranks.
-void rounds_in_a_row() {
-  const uint32_t ranks = 1 + draw(4), most = 8 + draw(40);
-  const uint32_t launches = draw(2) != 0 ? 1 : ranks;
-  const WorkspaceLayout layout = make_workspace_layout({ranks, ranks, 1, most, kRowBytes, 0, 4, 2});
+// Ranks in one memory, and what each launch enqueues on.
+struct Group {
   struct alignas(kRegionAlignment) Line {
     uint8_t bytes[kRegionAlignment];
   };
-  std::vector<std::vector<Line>> memory(ranks, std::vector<Line>(layout.bytes / sizeof(Line) + 1));
+  uint32_t ranks, launches;
+  WorkspaceLayout layout;
+  std::vector<std::vector<Line>> memory;
   PeerTable peers;
-  peers.num_ranks = ranks;
-  peers.bytes = layout.bytes;
-  for (uint32_t r = 0; r < ranks; ++r) {
-    peers.base[r] = reinterpret_cast<uint8_t*>(memory[r].data());
+  std::vector<CopyLanes> lanes;
+  std::vector<CUstream_st> streams;
+
+  // Virtual ranks of one launch, or processes with one each.
+  Group(uint32_t ranks, uint32_t launches, uint32_t most)
+      : ranks(ranks),
+        launches(launches),
+        layout(make_workspace_layout({ranks, ranks, 4, most, kRowBytes, 0, 4, 2})),
+        memory(ranks, std::vector<Line>(layout.bytes / sizeof(Line) + 1)),
+        lanes(launches),
+        streams(launches) {
+    peers.num_ranks = ranks;
+    peers.bytes = layout.bytes;
+    for (uint32_t r = 0; r < ranks; ++r) {
+      peers.base[r] = reinterpret_cast<uint8_t*>(memory[r].data());
+    }
+    for (CopyLanes& each : lanes) CHECK(each.open(ranks) == cudaSuccess);
   }
-  std::vector<CopyLanes> lanes(launches);
-  std::vector<CUstream_st> streams(launches);
-  std::vector<cudaStream_t> all;
-  for (uint32_t i = 0; i < launches; ++i) {
-    CHECK(lanes[i].open(ranks) == cudaSuccess);
-    all.push_back(&streams[i]);
-    for (uint32_t peer = 0; peer < ranks; ++peer) all.push_back(lanes[i].lane(peer));
+
+  void enqueue(Round& round) {
+    for (uint32_t i = 0; i < launches; ++i) {
+      round.enqueue_for({peers, layout, nullptr, 0, ranks / launches, 1}, i, lanes[i], &streams[i]);
+    }
   }
+  // False if something waits for ever; without what launches before `first` have on their streams.
+  bool run(uint32_t first = 0) {
+    std::vector<cudaStream_t> all;
+    for (uint32_t i = 0; i < launches; ++i) {
+      if (i >= first) all.push_back(&streams[i]);
+      all.push_back(lanes[i].turns());
+      for (uint32_t peer = 0; peer < ranks; ++peer) all.push_back(lanes[i].lane(peer));
+    }
+    return run_streams(all, random_numbers);
+  }
+  uint32_t rank_of(const void* address) const {
+    uint32_t rank = 0;
+    const auto* byte = static_cast<const uint8_t*>(address);
+    while (byte < peers.base[rank] || byte >= peers.base[rank] + layout.bytes) ++rank;
+    return rank;
+  }
+};
+
+// Several rounds enqueued before anything runs.
+void rounds_in_a_row() {
+  const uint32_t ranks = 1 + draw(4), most = 8 + draw(40);
+  Group group(ranks, draw(2) != 0 ? 1 : ranks, most);
   std::vector<std::unique_ptr<Round>> rounds(1 + draw(4));
   for (auto& round : rounds) {
     round = std::make_unique<Round>(ranks, most);
-    for (uint32_t i = 0; i < launches; ++i) {
-      round->enqueue_for({peers, layout, nullptr, 0, ranks / launches, 1}, i, lanes[i],
-                         &streams[i]);
+    group.enqueue(*round);
+  }
+  CHECK(group.run());
+  for (const auto& round : rounds) {
+    for (const Round::Rows& of : {round->rows, round->numbers}) {
+      CHECK(of.out == of.want);
+      CHECK(of.y == of.want_y);
     }
   }
-  CHECK(run_streams(all, random_numbers));
-  for (const auto& round : rounds) {
-    CHECK(round->out == round->want);
-    CHECK(round->y == round->want_y);
+}
+
+// In turn, rows go from rank r to r + 1, r + 2, ..., part by part, and nothing else is on that
+// stream; no rank begins before all have packed.
+void turns_are_fixed() {
+  const uint32_t ranks = 3 + draw(3), most = 8 + draw(40);
+  Group group(ranks, ranks, most);
+  Round round(ranks, most);
+  round.known = round.direct = false;  // so all parts are copied, there and back
+  round.in_turn = round.together = true;
+  enqueued_copies.clear();
+  group.enqueue(round);
+  for (uint32_t r = 0; r < ranks; ++r) {
+    uint32_t turn = 0;
+    for (const Copy& copy : enqueued_copies) {
+      if (copy.stream != group.lanes[r].turns()) continue;
+      CHECK(group.rank_of(copy.to) == (r + 1 + turn % (ranks - 1)) % ranks);
+      ++turn;
+    }
+    CHECK(turn == 2 * (ranks - 1) * round.parts.used(most, most));
   }
+  // Rank 0 packs, and gets no further.
+  CHECK(group.streams[0].operations.front()());
+  group.streams[0].operations.pop_front();
+  std::vector<size_t> before;
+  for (const CopyLanes& each : group.lanes) before.push_back(each.turns()->operations.size());
+  CHECK(!group.run(1));
+  for (uint32_t r = 0; r < ranks; ++r) {
+    CHECK(group.lanes[r].turns()->operations.size() == before[r]);
+  }
+  CHECK(group.run());
 }
 
 }  // namespace
 
 int main() {
   for (int i = 0; i < 600; ++i) rounds_in_a_row();
+  for (int i = 0; i < 50; ++i) turns_are_fixed();
 }

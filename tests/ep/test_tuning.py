@@ -136,6 +136,18 @@ def test_segments_travel_in_parts_if_they_are_large() -> None:
     assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
 
 
+@pytest.mark.parametrize("num_ranks", [3, 4, 8])
+def test_several_peers_get_larger_parts_in_turn(num_ranks: int) -> None:
+    config = replace(config_of(num_ranks, 8, 7168), max_tokens=4096)
+    assert tuning.in_turn(config)
+    assert not tuning.in_turn(replace(config, num_ranks=2))
+    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=16384)) == (2, 5, 8)
+    assert tuning.segment_parts(2 * 7168, config) == (4, 8)
+    assert tuning.segment_parts(7168, config) == (4, 8)
+    assert tuning.segment_parts(7168 // 2, config) == (8,)
+    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 3, 7, 8, 9, 13, 64, 1023, 4096])
 def test_no_segment_has_more_parts_than_rows(max_tokens: int) -> None:
     # A part has a flag where nvlink has one for every run, of which there are few in small buffers.

@@ -24,6 +24,13 @@ struct CUevent_st {
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
 
+// What has been enqueued on which stream, in this order.
+struct Copy {
+  cudaStream_t stream;
+  const void* to;
+};
+inline std::vector<Copy> enqueued_copies;
+
 inline cudaError_t enqueue(cudaStream_t stream, std::function<bool()> operation) {
   stream->operations.push_back(std::move(operation));
   return cudaSuccess;
@@ -56,6 +63,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 inline cudaError_t cudaMemcpy2DAsync(void* to, uint64_t to_pitch, const void* from,
                                      uint64_t from_pitch, uint64_t bytes, uint64_t rows, int,
                                      cudaStream_t stream) {
+  enqueued_copies.push_back({stream, to});
   return enqueue(stream, [=] {
     for (uint64_t i = 0; i < rows; ++i) {
       std::memcpy(static_cast<char*>(to) + i * to_pitch,
