@@ -18,8 +18,9 @@
 //   wait    one thread per peer, with the time-out of every wait
 //   take    dispatch.cu's receive role, combine.cu's sums
 //
-// To all peers at once, or in turn: with more than two ranks, several would write to one receiver
-// while others get nothing. So rows go on one stream, part by part, from rank r to r + 1, r + 2,
+// To all peers at once, or in turn: with more than two ranks, several may write to one receiver
+// while others get nothing. In turn, rows go on one stream, part by part, from rank r to r + 1, r +
+// 2,
 // ...: in every turn, each rank receives from one other. Small arrays and flags stay on the streams
 // of the peers, for between the copies of one stream the link stands idle.
 //

@@ -50,9 +50,10 @@ class CopyEngineTransport(PeerTransport):
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self.part_ends: tuple[int, ...] | None = None
         """Hook of tests and benchmarks: parts in which segments travel, whatever their size."""
-        self.in_turn = tuning.in_turn(config)
-        """Whether rows go to one peer after the other, on one stream; another hook of these."""
-        self.begin_together = self.in_turn
+        self.in_turn = False
+        """Whether rows go to one peer after the other, on one stream; another hook of these, until
+        GPUs have shown that it is faster with several peers."""
+        self.begin_together = False
         """Whether no rank copies before all have packed their first part; another."""
 
     @property
@@ -194,7 +195,7 @@ class CopyEngineTransport(PeerTransport):
         take_ctas: int,
     ) -> Any:
         return self.core.CopyShape(
-            ends=tuning.segment_parts(row_bytes, self.config, self.part_ends),
+            ends=tuning.segment_parts(row_bytes, self.config, self.part_ends, in_turn=self.in_turn),
             in_turn=self.in_turn,
             together=self.begin_together,
             staging_slab=_STAGING,

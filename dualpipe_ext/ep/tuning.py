@@ -174,7 +174,11 @@ def for_combine_pack(
 
 
 def segment_parts(
-    row_bytes: int, config: TransportConfig, wanted: tuple[int, ...] | None = None
+    row_bytes: int,
+    config: TransportConfig,
+    wanted: tuple[int, ...] | None = None,
+    *,
+    in_turn: bool = False,
 ) -> tuple[int, ...]:
     """Where the parts of a segment end, in units; from sizes that all ranks share.
 
@@ -182,18 +186,10 @@ def segment_parts(
     for in small buffers.
     """
     max_tokens = max(config.max_tokens, 1)
-    table = _PARTS_IN_TURN if in_turn(config) else _PARTS
+    table = _PARTS_IN_TURN if in_turn else _PARTS
     ends = wanted or next(ends for least, ends in table if max_tokens * row_bytes >= least)
     unit = -(-max_tokens // SEGMENT_UNITS)
     return (*(end for end in ends if end * unit < max_tokens), SEGMENT_UNITS)
-
-
-def in_turn(config: TransportConfig) -> bool:
-    """The copy-engine path: whether rows go to one peer after the other.
-
-    To all at once, several senders meet at one receiver; with one peer there is nothing to meet.
-    """
-    return config.num_ranks > 2
 
 
 def for_reduce(handle: Handle) -> Tuning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -136,16 +137,14 @@ def test_segments_travel_in_parts_if_they_are_large() -> None:
     assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
 
 
-@pytest.mark.parametrize("num_ranks", [3, 4, 8])
-def test_several_peers_get_larger_parts_in_turn(num_ranks: int) -> None:
-    config = replace(config_of(num_ranks, 8, 7168), max_tokens=4096)
-    assert tuning.in_turn(config)
-    assert not tuning.in_turn(replace(config, num_ranks=2))
-    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=16384)) == (2, 5, 8)
-    assert tuning.segment_parts(2 * 7168, config) == (4, 8)
-    assert tuning.segment_parts(7168, config) == (4, 8)
-    assert tuning.segment_parts(7168 // 2, config) == (8,)
-    assert tuning.segment_parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
+def test_rows_in_turn_get_larger_parts() -> None:
+    config = replace(config_of(4, 8, 7168), max_tokens=4096)
+    parts = partial(tuning.segment_parts, in_turn=True)
+    assert parts(2 * 7168, replace(config, max_tokens=16384)) == (2, 5, 8)
+    assert parts(2 * 7168, config) == (4, 8)
+    assert parts(7168, config) == (4, 8)
+    assert parts(7168 // 2, config) == (8,)
+    assert parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 3, 7, 8, 9, 13, 64, 1023, 4096])
