@@ -87,8 +87,9 @@ def connect(
         ValueError: the transport cannot be used here; on all ranks.
         CommTimeoutError: another rank did not take part in time.
     """
-    rank, links = pipeline_ranks[group.rank()], messages.links(layout)
+    links = messages.links(layout)
     found = Connections(_transport(options, group, device) if links else "collective")
+    rank = pipeline_ranks[group.rank()]
 
     def open_channel(purpose: str, source: int, destination: int) -> Channel:
         return Channel(
@@ -100,30 +101,45 @@ def connect(
             timeout_s=options.timeout_s,
         )
 
-    if found.transport == "copy_engine":
-        channels = copy_engine.open_channels(
-            group,
-            pipeline_ranks,
-            links,
-            device=device,
-            ring_bytes=options.ring_bytes,
-            timeout_s=options.timeout_s,
-        )
-        open_all(channels)
-        found.outgoing |= {channel.peer: channel for channel in channels if channel.sends}
-        found.incoming |= {channel.peer: channel for channel in channels if not channel.sends}
-    else:
+    try:
+        if found.transport == "copy_engine":
+            _open_lanes(found, group, pipeline_ranks, links, device=device, options=options)
         # All ranks walk the same sorted list: see Channel for why.
-        for source, destination in links:
+        for source, destination in links if found.transport == "collective" else ():
             if rank == source:
                 found.outgoing[destination] = open_channel("stage", source, destination)
             elif rank == destination:
                 found.incoming[source] = open_channel("stage", source, destination)
-    if sync:
-        low, high = sorted((rank, mirror.mirror_rank(layout, rank)))
-        up, down = open_channel("copy", low, high), open_channel("copy", high, low)
-        found.mirror = (up, down) if rank == low else (down, up)
+        if sync:
+            low, high = sorted((rank, mirror.mirror_rank(layout, rank)))
+            up, down = open_channel("copy", low, high), open_channel("copy", high, low)
+            found.mirror = (up, down) if rank == low else (down, up)
+    except BaseException:
+        found.close(abort=True)
+        raise
     return found
+
+
+def _open_lanes(
+    found: Connections,
+    group: dist.ProcessGroup,
+    pipeline_ranks: Sequence[int],
+    links: Sequence[tuple[int, int]],
+    *,
+    device: torch.device,
+    options: ConnectionOptions,
+) -> None:
+    channels = copy_engine.open_channels(
+        group,
+        pipeline_ranks,
+        links,
+        device=device,
+        ring_bytes=options.ring_bytes,
+        timeout_s=options.timeout_s,
+    )
+    found.outgoing |= {channel.peer: channel for channel in channels if channel.sends}
+    found.incoming |= {channel.peer: channel for channel in channels if not channel.sends}
+    open_all(channels)
 
 
 def _transport(options: ConnectionOptions, group: dist.ProcessGroup, device: torch.device) -> str:

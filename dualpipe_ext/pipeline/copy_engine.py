@@ -308,8 +308,13 @@ def _end(abort: _Abort, streams: list[torch.cuda.ExternalStream], memory: object
     try:
         with torch.cuda.device(abort.word.device):
             abort.set()  # of a pipeline that was dropped in the middle of a step
+            deadline = time.monotonic() + _CLOSE_S
+            while not all(stream.query() for stream in streams):
+                if time.monotonic() > deadline:
+                    _stuck.append((streams[:], memory))
+                    return
+                time.sleep(_POLL_S)
             for stream in streams:
-                stream.synchronize()
                 core.module().destroy_stream(stream.cuda_stream)
     except RuntimeError:
         pass  # the device is lost: nothing left to give back
