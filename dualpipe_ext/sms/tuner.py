@@ -70,8 +70,8 @@ class SMTuner:
         partition: is set to each number in turn, and to the best at the end. All ranks take steps
             together, so all change it between the same two steps.
         numbers: to try, each once; on a tie the first one wins.
-        prepare: called once for each number, after the warm-up: makes ready what it needs and
-            returns why it cannot be tried, None if it can. It may be collective.
+        prepare: called once for each number that fits every rank's GPU, after the warm-up: returns
+            why it cannot be tried, None if it can. It may be collective.
         agree: given one number per candidate, returns the largest of all ranks for each.
         forget: called at the end: gives up what ``prepare`` has made for the others.
     """
@@ -113,8 +113,13 @@ class SMTuner:
             yield
         # Pairs keep their plain launch order meanwhile: learning takes longer than a visit.
         self._partition.trying = True
-        reasons = [self._reason(number) for number in self._numbers]
+        # Preparing may be collective: only what every rank gets to prepare.
+        fits = self._usable(reasons := [self._unfit(number) for number in self._numbers])
+        for place, number in enumerate(self._numbers):
+            if number in fits:
+                reasons[place] = self._prepare(number) or ""
         usable = self._usable(reasons)
+        usable = [number for number in usable if number in fits]
         times: dict[int, list[float]] = {number: [] for number in usable}
         # Alone there is nothing to choose; it is set all the same.
         for number in [*usable, *reversed(usable)] if len(usable) > 1 else ():
@@ -125,12 +130,12 @@ class SMTuner:
                 times[number].append((yield))
         return self._conclude(reasons, times)
 
-    def _reason(self, number: int) -> str:
+    def _unfit(self, number: int) -> str:
         try:
             self._partition.check(number)
         except ValueError as error:  # the GPU has fewer
             return str(error)
-        return self._prepare(number) or ""
+        return ""
 
     def _usable(self, reasons: Sequence[str]) -> list[int]:
         """What every rank can try."""

@@ -180,6 +180,19 @@ def test_numbers_beyond_the_gpu_are_not_prepared(monkeypatch):
     assert "leaves compute some of the 32 SMs" in tuner.result.candidates[2].reason
 
 
+def test_what_does_not_fit_one_gpu_is_prepared_nowhere():
+    """Preparing may be collective: a rank that left it out would let the others wait for ever."""
+    asked = []
+    agreed = iter([[0.0, 1.0], [0.0, 0.0]])  # another rank's GPU has fewer than 64 SMs
+    partition = SMPartition(device=CPU)
+    tuner = SMTuner(partition, [8, 64], prepare=asked.append, agree=lambda _: next(agreed))
+    for _ in range(WARM_UP):
+        tuner.observe(1.0)
+    assert asked == [8]
+    assert tuner.result.best == 8
+    assert tuner.result.candidates[1].reason == "not on every rank"
+
+
 def test_what_was_made_for_the_others_is_given_up_once_the_number_is_fixed():
     partition, seen = SMPartition(device=CPU), []
     tuner = SMTuner(
