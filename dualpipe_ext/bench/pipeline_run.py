@@ -27,7 +27,7 @@ from dualpipe_ext.bench.pipeline_profile import PhaseNotes
 from dualpipe_ext.bench.progress import say
 from dualpipe_ext.bench.ranks import ProblemError, Ranks
 from dualpipe_ext.bench.record import percentiles
-from dualpipe_ext.bench.stage import middle_stage
+from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.profiling.picture import draw_overlap
@@ -96,15 +96,12 @@ class _Pairs:
 
     def _buffer(self, variant: Variant) -> Buffer:
         options = self._options
-        return Buffer(
-            hidden=options.model.hidden,
-            num_experts=options.model.num_experts,
-            top_k=options.model.top_k,
-            max_tokens=options.tokens,
+        return stage_buffer(
+            options.model,
+            tokens=options.tokens,
             dtype=options.dtype,
             transport=variant.transport,
             num_sms=variant.num_sms,
-            num_slabs=0,
         )
 
     def _variant(self, variant: Variant, buffer: Buffer, partition: SMPartition) -> None:

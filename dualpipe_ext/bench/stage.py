@@ -14,6 +14,28 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage, ModelConfig
 
 
+def stage_buffer(
+    config: ModelConfig,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    transport: str,
+    num_sms: int | None = None,
+) -> Buffer:
+    """A buffer for layers of ``config`` and micro-batches of so many tokens per rank, without slabs
+    of its own for outputs: layers take them as tensors."""
+    return Buffer(
+        hidden=config.hidden,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        max_tokens=tokens,
+        dtype=dtype,
+        transport=transport,
+        num_sms=num_sms,
+        num_slabs=0,
+    )
+
+
 def middle_stage(
     config: ModelConfig,
     layers: range,

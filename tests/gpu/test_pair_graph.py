@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dualpipe_ext.bench.pipeline_pair import deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
-from dualpipe_ext.bench.stage import middle_stage
-from dualpipe_ext.ep import Buffer
+from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
@@ -75,15 +74,7 @@ class Chunks:
 
 def replays_equal_eager(ranks: Ranks, transport: str) -> int:
     model, device = WIDE.model, ranks.device
-    buffer = Buffer(
-        hidden=model.hidden,
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        max_tokens=WIDE.tokens,
-        dtype=torch.bfloat16,
-        transport=transport,
-        num_slabs=0,
-    )
+    buffer = stage_buffer(model, tokens=WIDE.tokens, dtype=torch.bfloat16, transport=transport)
     layers = range(model.num_layers)
     stage = middle_stage(model, layers, buffer=buffer, dtype=torch.bfloat16, device=device)
     for layer in stage.layers.values():

@@ -8,8 +8,7 @@ import torch
 
 from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
-from dualpipe_ext.bench.stage import middle_stage
-from dualpipe_ext.ep import Buffer
+from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from tests.gpu.test_bench_pipeline import WIDE
 
 TRANSPORTS = ("nvlink", "copy_engine", "collective")
@@ -26,14 +25,8 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
         for level in range(4):
             options = replace(WIDE, model=WIDE.model.with_overrides(memory_level=level))
             model = options.model
-            buffer = Buffer(
-                hidden=model.hidden,
-                num_experts=model.num_experts,
-                top_k=model.top_k,
-                max_tokens=options.tokens,
-                dtype=options.dtype,
-                transport=transport,
-                num_slabs=0,
+            buffer = stage_buffer(
+                model, tokens=options.tokens, dtype=options.dtype, transport=transport
             )
             stage = middle_stage(
                 model,
