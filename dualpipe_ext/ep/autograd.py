@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualpipe_ext.ep.expand import accumulator_dtype, filled_rows
+from dualpipe_ext.ep.expand import filled_rows
 from dualpipe_ext.ep.fp8 import Quantized
 from dualpipe_ext.ep.transport import Rows
+from dualpipe_ext.kernels.weighted_rows import weighted_rows_grad
 
 with torch.inference_mode(False):  # whoever imports this first
     ANCHOR = torch.empty(0, device="cpu", requires_grad=True)
@@ -150,13 +151,12 @@ class _Combine(torch.autograd.Function):
         arrived = ctx.transport.dispatch(grad_y, None, ctx.handle).tokens
         grad_rows, grad_weights = arrived, None
         if weights is not None:
-            exact = arrived.to(accumulator_dtype(arrived.dtype))
+            grad_rows, products = weighted_rows_grad(
+                arrived, rows if needs_weights else None, weights if needs_rows else None
+            )
             if needs_weights:
-                products = (exact * rows).sum(dim=1).to(weights.dtype)
                 # A GEMM may leave anything in padding rows, NaN times zero included.
-                grad_weights = torch.where(_filled(ctx.handle), products, 0)
-            if needs_rows:
-                grad_rows = (exact * weights.to(exact.dtype).unsqueeze(1)).to(arrived.dtype)
+                grad_weights = torch.where(_filled(ctx.handle), products.to(weights.dtype), 0)
         return (
             grad_rows if needs_rows else None,
             grad_weights,

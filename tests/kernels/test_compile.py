@@ -16,7 +16,14 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from dualpipe_ext.kernels import fp8_cast, permute, rmsnorm, router, swiglu  # noqa: E402
+from dualpipe_ext.kernels import (  # noqa: E402
+    fp8_cast,
+    permute,
+    rmsnorm,
+    router,
+    swiglu,
+    weighted_rows,
+)
 
 from dualpipe_ext.eplb.shares import SHARE_BITS  # noqa: E402
 
@@ -94,6 +101,20 @@ def test_swiglu_compiles_without_spills(name, rows, weighted, tmp_path):
     compiled = compile_for_hopper(kernel, signature, constexprs)
     assert spills_nothing(compiled, tmp_path)
     # 16-byte global loads: the kernel is bound by memory.
+    assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
+
+
+@pytest.mark.parametrize("wanted", ["both", "rows", "weights"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_weighted_rows_compile_without_spills(rows, wanted, tmp_path):
+    kernel = weighted_rows._kernel
+    signature = {k: rows if k.endswith("_ptr") else "i32" for k in kernel.arg_names}
+    signature |= {"weights_ptr": "*fp32", "products_ptr": "*fp32", "BLOCK": "constexpr"}
+    absent = {"rows": ("rows_ptr", "products_ptr"), "weights": ("weights_ptr", "grad_rows_ptr")}
+    constexprs = {"BLOCK": 1024} | dict.fromkeys(absent.get(wanted, ()))
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    compiled = compile_for_hopper(kernel, signature, constexprs)
+    assert spills_nothing(compiled, tmp_path)
     assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
 
 
