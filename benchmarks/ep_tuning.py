@@ -1,10 +1,11 @@
 """How should the SMs of dispatch and combine be divided? Variants of ``dualpipe_ext/ep/tuning.py``.
 
     python benchmarks/ep_tuning.py [--sms 8,24,64] [--cases own,fp8_buffer] \
-        [--change send_ctas=12 --change send_warps=8,send_stages=3]
+        [--change send_ctas=12 --change fp8_buffer:send_warps=8,send_stages=3]
     python benchmarks/ep_tuning.py --copies in_turn:8,in_turn:4-8,at_once:2-5-8 [--sms 16,32]
 
-Every case is measured as ``tuning.py`` has it, then with each ``--change`` of fields of ``Tuning``.
+Every case is measured as ``tuning.py`` has it, then with each ``--change`` of fields of ``Tuning``
+that is for it (or for all).
 With ``--copies`` the copy engines are measured, with SMs to pack and unpack: as ``tuning.py`` has
 them, then with rows to one peer after the other (``in_turn``; ``in_turn_early``: ranks do not wait
 for each other's first part) or to all at once, in parts that end at those eighths of a segment.
@@ -83,11 +84,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse_change(text: str) -> dict[str, int]:
-    """``send_ctas=12,send_warps=8`` as keyword arguments of ``Tuning``."""
+def parse_change(text: str) -> dict[str, Any]:
+    """``own:send_ctas=12,send_warps=8`` as keyword arguments of ``Tuning``, and ``case``."""
     known = {field.name for field in dataclasses.fields(tuning.Tuning)}
-    change = {}
-    for part in text.split(","):
+    change: dict[str, Any] = {}
+    case, _, fields = text.rpartition(":")
+    if case:
+        change["case"] = case
+    for part in fields.split(","):
         name, _, value = part.partition("=")
         if name not in known or not value.isdigit():
             raise SystemExit(f"expected --change FIELD=NUMBER of {sorted(known)}, got {part!r}")
@@ -141,6 +145,9 @@ def measure_all(
         for case in cases:
             call = make_call(buffer, case)
             for change in changes:
+                change = dict(change)
+                if change.pop("case", case) != case:
+                    continue
                 with with_change(buffer._transport, change):
                     line = measured(call)
                 if dist.get_rank() == 0:

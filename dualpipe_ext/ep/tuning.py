@@ -22,8 +22,10 @@ _TO_MEMORY = 48.0
 _FROM_MEMORY = 130.0
 # What rows that arrive cost the SMs that take them in: less than their bytes, as measured.
 _FROM_SLAB = 87.0
-# The link is full with fewer SMs; more only bring a few percent.
+# The link is full with fewer SMs; more only bring a few percent. With several peers more of them
+# meet at one receiver, and all are slower: on four GPUs 9 to 13 SMs take 470 us, 19 take 543.
 _MOST_SENDERS = 32
+_MOST_SENDERS_TO_SEVERAL = 10
 # With fewer SMs, a share of them for each role leaves too few for one: all do all.
 _FEW_SMS = 16
 # With more, rows that only have to stay in the slab go faster if all SMs do all.
@@ -84,8 +86,13 @@ def for_dispatch(
 ) -> Tuning:
     """Some SMs send, the others do what stays on the GPU; or all SMs do all."""
     fp8 = source.num_scales > 0
-    if fp8 or num_sms < _FEW_SMS or (in_slab and num_sms >= _MANY_SMS):
-        return _mixed_dispatch(source, in_slab, config)
+    several = config.num_ranks > 2
+    if several:
+        mixed = _quantises(source) or (fp8 and in_slab) or num_sms < _FEW_SMS
+    else:
+        mixed = fp8 or num_sms < _FEW_SMS or (in_slab and num_sms >= _MANY_SMS)
+    if mixed:
+        return _mixed_dispatch(source, in_slab, config, num_sms)
     reached = _ranks_reached(config)
     own = reached / config.num_ranks
     if handle.layout == "expert":
@@ -94,26 +101,56 @@ def for_dispatch(
         local = own / _TO_MEMORY + (0 if in_slab else (reached - own) / _FROM_SLAB)
     stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     # Without rows to move, receiving is all waiting and small numbers: many warps, no stages.
-    own_warps, receive_warps = (8, _MOST_WARPS - 8) if in_slab else (4, 6)
-    room = _room(config) if in_slab else _room(config) // 2
+    if in_slab:
+        own_warps, own_stages = 8, _stages(_room(config), 8, stage)
+        receive_warps, receive_stages = _MOST_WARPS - 8, 0
+    elif several:
+        own_warps, own_stages, receive_warps, receive_stages = _local_roles(
+            own / reached, stage, config
+        )
+    else:
+        own_warps, own_stages = 4, _stages(_room(config) // 2, 4, stage)
+        receive_warps, receive_stages = 6, _stages(_room(config) // 2, 6, stage)
     return Tuning(
         _senders(num_sms, (reached - own) / _TO_PEER, local, config),
         8,
         _stages(_room(config), 8, stage),
         own_warps,
-        _stages(room, own_warps, stage),
+        own_stages,
         receive_warps,
-        0 if in_slab else _stages(room, receive_warps, stage),
+        receive_stages,
     )
 
 
-def _mixed_dispatch(source: DispatchInput, in_slab: bool, config: TransportConfig) -> Tuning:
+def _local_roles(own: float, stage: int, config: TransportConfig) -> tuple[int, int, int, int]:
+    """Warps and stages of those that keep the share ``own`` of rows, and of those that receive.
+
+    What bounds them is the number of pieces under way, one fewer than stages of each warp.
+    """
+    stages = max(2, min(3, _room(config) // (2 * stage)))
+    warps = min(_MOST_WARPS, max(2, _room(config) // (stages * stage)))
+    own_warps = max(1, min(warps - 1, round(warps * own)))
+    return own_warps, stages, warps - own_warps, stages
+
+
+def _mixed_dispatch(
+    source: DispatchInput, in_slab: bool, config: TransportConfig, num_sms: int
+) -> Tuning:
     """A row is read, and quantised, once: by the SM that sends it everywhere."""
     # Stages hold rows as they leave.
     stage = _stage_bytes(source.out_bytes, _PIECE, source.num_scales, config)
     receive_warps, receive_stages = (2, 0) if in_slab else (4, 2)
+    most = _MOST_WARPS if _quantises(source) else 8 + receive_warps
+    if config.num_ranks > 2:
+        # Several times as many runs arrive as are sent, and each is a wait of microseconds.
+        receive_warps, most = 8, 14
+        if _quantises(source) and num_sms < _FEW_SMS and not in_slab:
+            receive_warps = 6  # the few have to quantise everything
+    # Receivers and senders with two stages each.
+    fitting = _room(config) // (2 * stage)
+    receive_warps = min(receive_warps, max(1, fitting * 4 // 7))
     room = _room(config) - receive_warps * receive_stages * stage
-    warps = _fitting(_MOST_WARPS - receive_warps if _quantises(source) else 8, stage, room)
+    warps = _fitting(most - receive_warps, stage, room)
     return Tuning(
         0,
         warps,
@@ -145,7 +182,7 @@ def for_combine(
         local = (local + own_experts / _FROM_MEMORY) * 2 / 3
         senders = _senders(num_sms, send, local, config, most=num_sms)
         return Tuning(senders, send_warps=16, receive_warps=16)
-    senders = _senders(num_sms, send, local, config)
+    senders = _senders(num_sms, send, local, config, most=_MOST_SENDERS)
     return Tuning(senders, 8, _stages(_room(config), 8, stage), receive_warps=20)
 
 
@@ -219,11 +256,13 @@ def _ranks_reached(config: TransportConfig) -> float:
 
 
 def _senders(
-    num_sms: int, send: float, local: float, config: TransportConfig, most: int = _MOST_SENDERS
+    num_sms: int, send: float, local: float, config: TransportConfig, most: int | None = None
 ) -> int:
     """SMs that send, if a token costs them ``send`` and the others ``local``."""
     if config.num_ranks == 1:
         return 0
+    if most is None:
+        most = _MOST_SENDERS if config.num_ranks == 2 else _MOST_SENDERS_TO_SEVERAL
     return max(1, min(most, num_sms - 1, math.ceil(num_sms * send / (send + local))))
 
 
