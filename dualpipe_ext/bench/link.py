@@ -83,6 +83,10 @@ class Link:
     def _repeats_copies(self) -> bool:
         return isinstance(self._transport, CopyEngineTransport)
 
+    def can_be_slower(self) -> bool:
+        """Whether there is anything to repeat: copy engines carry nothing for a single rank."""
+        return not self._repeats_copies() or self._config.num_ranks > 1
+
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Record what the body moves."""

@@ -239,8 +239,13 @@ class PairBench:
                 raise WrongResultError(f"the serial run left no gradient of {name}")
 
     def throttle(self) -> bool:
-        """Repeat communication until it takes as long as compute; False if it does already."""
+        """Repeat communication until it takes as long as compute.
+
+        False if it does already, or if there is none.
+        """
         self.link.repeats = 1.0
+        if not self.link.can_be_slower():
+            return False
         calls = {name: self.calls()[name] for name in ("compute", "comm")}
         compute_us, comm_us = self._medians(calls)
         if comm_us >= compute_us:
