@@ -2,8 +2,8 @@
 
 What belongs here: the two products that a layer of experts needs, without autograd (that is
 ``dualpipe_ext.pipeline.weight_grad``). On CUDA, bfloat16 operands go to ``torch._grouped_mm``,
-which reads the offsets on the device and takes every SM; with a limit on the SMs, to our own
-kernels in ``persistent_gemm.py``. Everything else is a loop over the groups.
+which reads the offsets on the device and takes every SM; with a limit on the SMs, or to make room
+for others, to our own kernels in ``persistent_gemm.py``. Everything else is a loop over the groups.
 
 Shapes: M rows, G groups, K inputs, N outputs. ``offsets`` int32 [G] holds the END row of each
 group, so group g is rows ``offsets[g - 1]`` to ``offsets[g]`` and may be empty. Rows from
@@ -16,6 +16,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+SHORT_CTAS = 0
+"""As ``max_sms``: on all SMs, by CTAs that are over soon, so that kernels on a stream of higher
+priority find SMs at any time."""
 
 _ALIGNMENT = 16  # bytes; what torch._grouped_mm asks of every stride but the unit one
 
@@ -30,8 +34,9 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
         x: [M, K], any float dtype.
         w: [G, K, N], dtype of ``x``.
         offsets: int32 [G], non-decreasing, at most M.
-        max_sms: SMs to use at most, beside communication say, where the operands allow it:
-            bfloat16 and sizes that are multiples of 8, on Hopper GPUs. None for all.
+        max_sms: SMs to use at most, beside communication say, or :data:`SHORT_CTAS`, where the
+            operands allow it: bfloat16 and sizes that are multiples of 8, on Hopper GPUs. None for
+            all.
 
     Returns:
         [M, N] in the dtype of ``x``; rows past ``offsets[-1]`` are zero.
@@ -111,8 +116,8 @@ def group_bounds(offsets: Tensor) -> list[tuple[int, int]]:
 
 def check_max_sms(max_sms: int | None) -> None:
     """Refuse with ``ValueError`` a number of SMs that nothing can run on."""
-    if max_sms is not None and max_sms < 1:
-        raise ValueError(f"expected max_sms of at least 1, got {max_sms}")
+    if max_sms is not None and max_sms < 1 and max_sms != SHORT_CTAS:
+        raise ValueError(f"expected max_sms of at least 1, or 0 for short CTAs, got {max_sms}")
 
 
 def check_offsets(offsets: Tensor) -> None:

@@ -1,14 +1,19 @@
-"""Persistent grouped GEMMs in Triton, which stay on as many SMs as they are given.
+"""Grouped GEMMs in Triton that stay on as many SMs as they are given, or that make room.
 
 What belongs here: the two products of a layer of experts as one kernel each, for 16-bit operands
 and for FP8 with a scale per block of 128, and their launchers. Who may call them with what is the
 matter of ``grouped_gemm.py`` (16 bits) and ``fp8_gemm.py``.
 
-A launch has ``max_sms`` CTAs at most. Each takes so much shared memory that no two fit on one SM,
-takes one output tile after the other from a queue, and finds the rows of a tile from the offsets on
-the device: nothing is read back, and a tile's bits do not depend on who computes it. With fixed
-shares of tiles, a CTA whose SM is taken by communication at first would end late by all that time;
-from a queue the others take its tiles meanwhile.
+A CTA takes so much shared memory that no two fit on one SM, and finds the rows of an output tile
+from the offsets on the device: nothing is read back, and a tile's bits do not depend on who
+computes it. A launch has one of two grids:
+
+- Persistent: ``max_sms`` CTAs at most, each taking one tile after the other from a queue. With
+  fixed shares of tiles, a CTA whose SM is taken by communication at first would end late by all
+  that time; from a queue the others take its tiles meanwhile.
+- Short CTAs (``max_sms=SHORT_CTAS``): one for every few tiles, over in some tens of microseconds.
+  Whenever one ends, a kernel on a stream of higher priority may have its SM, so communication waits
+  no longer than that, and takes no more SMs than it has CTAs.
 
 Shapes: M rows, G groups, K inputs, N outputs, P rows padded to whole blocks of 128 per group.
 ``offsets`` int32 [G] holds the END row of each group. Offsets that decrease or exceed M give a
@@ -18,9 +23,10 @@ wrong result, but never an access outside the tensors.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
 from torch import Tensor
 
 try:
@@ -37,6 +43,11 @@ MIN_CAPABILITY = (9, 0)
 _SWEEP = 16
 # CTAs of a launch in the interpreter, which has no SMs.
 _INTERPRETED_SMS = 4
+# Steps along the inner size that a short CTA has at least, if it has more than one tile: 0.4 us
+# each on an H200 (`dualpipe bench gemm`), against two microseconds to start a CTA.
+_SHORT_STEPS = 128
+# As many steps take as long as storing a tile and starting on the next.
+_STORE_STEPS = 8
 
 
 def usable_on(device: torch.device) -> bool:
@@ -86,18 +97,20 @@ def multiply_rows(
     most = (num_rows // block_m + num_groups + 1) * -(-size_n // (block_n * sizes["PARTS"]))
     # Triton launches on the current device, whichever one the tensors are on.
     with torch.cuda.device_of(x):
-        _rows_kernel[(_num_ctas(x.device, max_sms, most),)](
+        grid = _grid(x.device, max_sms, most, -(-size_k // block_k))
+        _rows_kernel[(grid.num_ctas,)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]),
             TensorDescriptor.from_tensor(w.transpose(1, 2) if transposed else w, box),
             out,
             offsets.contiguous(),
-            _new_queue(x.device),
+            grid.queue,
             x_scales,
             w_scales,
             num_rows,
             size_k,
             size_n,
             num_groups,
+            grid.tiles_each,
             *((0, 0, 0) if w_scales is None else w_scales.stride()),
             W_TRANSPOSED=transposed,
             GROUPS=padded_groups(num_groups + 1),
@@ -146,20 +159,22 @@ def multiply_columns(
     )
     most = num_groups * -(-size_k // block_m) * -(-size_n // block_n)
     with torch.cuda.device_of(x):
-        _columns_kernel[(_num_ctas(x.device, max_sms, most),)](
+        grid = _grid(x.device, max_sms, most, -(-num_rows // (num_groups * block_k)))
+        _columns_kernel[(grid.num_ctas,)](
             TensorDescriptor.from_tensor(x, boxes[0]),
             TensorDescriptor.from_tensor(grad, boxes[1]),
             x,
             grad,
             out,
             offsets.contiguous(),
-            _new_queue(x.device),
+            grid.queue,
             x_scales,
             grad_scales,
             num_rows,
             size_k,
             size_n,
             num_groups,
+            grid.tiles_each,
             x.stride(0),
             grad.stride(0),
             GROUPS=padded_groups(num_groups),
@@ -214,21 +229,30 @@ def padded_groups(num_groups: int) -> int:
     return max(32, triton.next_power_of_2(num_groups))
 
 
-def _new_queue(device: torch.device) -> Tensor:
-    """How many tiles have been taken beyond the first of each CTA: none."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _num_ctas(device: torch.device, max_sms: int | None, num_tiles: int) -> int:
+class _Grid(NamedTuple):
+    """How a launch divides its tiles among CTAs."""
+
+    num_ctas: int
+    tiles_each: int
+    """Of each CTA, before it asks the queue."""
+    queue: Tensor | None
+    """int32 [1], tiles taken from it so far: none. None if nobody asks."""
+
+
+def _grid(device: torch.device, max_sms: int | None, num_tiles: int, steps_of_tile: int) -> _Grid:
+    if max_sms == SHORT_CTAS:
+        each = max(1, _SHORT_STEPS // (steps_of_tile + _STORE_STEPS))
+        return _Grid(-(-num_tiles // each), each, None)
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     else:
         num_sms = _INTERPRETED_SMS
-    return min(num_sms, num_tiles, num_sms if max_sms is None else max_sms)
+    num_ctas = min(num_sms, num_tiles, num_sms if max_sms is None else max_sms)
+    return _Grid(num_ctas, 1, torch.zeros(1, dtype=torch.int32, device=device))
 
 
 if triton is not None:
@@ -264,9 +288,16 @@ if triton is not None:
         return sweep * SWEEP + rest % rows, rest // rows
 
     @triton.jit
-    def _take(queue_ptr):
-        """The next tile that nobody has: every CTA begins with the one of its own number."""
-        return tl.num_programs(0) + tl.atomic_add(queue_ptr, 1, sem="relaxed")
+    def _next_tile(queue_ptr, tile, tiles_each, num_tiles):
+        """From the queue, one that nobody has; without a queue the next of this CTA's own.
+
+        Every CTA begins with its own ``tiles_each``, of which with a queue there is one.
+        """
+        if queue_ptr is None:
+            own = tile + 1 < (tl.program_id(0) + 1) * tiles_each
+            return tl.where(own, tile + 1, num_tiles)
+        else:  # noqa: RET505  Triton compiles one branch; without else it would see both
+            return tl.num_programs(0) + tl.atomic_add(queue_ptr, 1, sem="relaxed")
 
     @triton.jit
     def _add_scaled(total, product, scales, IN_ORDER: tl.constexpr):  # noqa: N803
@@ -282,7 +313,7 @@ if triton is not None:
                 is_pure=True,
                 pack=1,
             )
-        else:  # noqa: RET505  Triton compiles one branch; without else it would see both
+        else:  # noqa: RET505
             return total + product * scales
 
     @triton.jit
@@ -301,7 +332,7 @@ if triton is not None:
             return w_desc.load([group, k, col]).reshape(BLOCK_K, BLOCK_N)
 
     # Not compiled again for numbers of rows that are multiples of 16: they change in every step.
-    @triton.jit(do_not_specialize=["num_rows", "num_groups"])
+    @triton.jit(do_not_specialize=["num_rows", "num_groups", "tiles_each"])
     def _rows_kernel(
         x_desc,
         w_desc,
@@ -314,6 +345,7 @@ if triton is not None:
         size_k,
         size_n,
         num_groups,
+        tiles_each,
         w_scales_group,
         w_scales_k,
         w_scales_n,
@@ -332,9 +364,9 @@ if triton is not None:
         col_tiles = tl.cdiv(size_n, PARTS * BLOCK_N)
         num_steps = tl.cdiv(size_k, BLOCK_K)
         num_tiles = tl.max(last_row_tile, 0) * col_tiles
-        tile = tl.program_id(0)
+        tile = tl.program_id(0) * tiles_each
         while tile < num_tiles:
-            next_tile = _take(queue_ptr)
+            next_tile = _next_tile(queue_ptr, tile, tiles_each, num_tiles)
             before = last_row_tile * col_tiles <= tile
             group = tl.sum(before.to(tl.int32), 0)
             first = tl.max(tl.where(before, last_row_tile, 0), 0) * col_tiles
@@ -380,7 +412,7 @@ if triton is not None:
                 tl.store(at, sums[part].to(out_ptr.dtype.element_ty), inside)
             tile = next_tile
 
-    @triton.jit(do_not_specialize=["num_rows", "num_groups"])
+    @triton.jit(do_not_specialize=["num_rows", "num_groups", "tiles_each"])
     def _columns_kernel(
         x_desc,
         grad_desc,
@@ -395,6 +427,7 @@ if triton is not None:
         size_k,
         size_n,
         num_groups,
+        tiles_each,
         x_stride,
         grad_stride,
         SCALED: tl.constexpr,  # noqa: N803
@@ -410,9 +443,10 @@ if triton is not None:
         row_tiles = tl.cdiv(size_k, BLOCK_M)
         col_tiles = tl.cdiv(size_n, BLOCK_N)
         tiles = row_tiles * col_tiles
-        tile = tl.program_id(0)
-        while tile < num_groups * tiles:
-            next_tile = _take(queue_ptr)
+        num_tiles = num_groups * tiles
+        tile = tl.program_id(0) * tiles_each
+        while tile < num_tiles:
+            next_tile = _next_tile(queue_ptr, tile, tiles_each, num_tiles)
             group = tile // tiles
             row_tile, col_tile = _place(tile - group * tiles, row_tiles, col_tiles, SWEEP)
             row, col = row_tile * BLOCK_M, col_tile * BLOCK_N

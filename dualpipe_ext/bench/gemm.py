@@ -7,6 +7,8 @@ in a row between two events (see ``timing.py``).
 
 - torch: ``torch._grouped_mm`` in BF16, on all SMs.
 - persistent: our BF16 kernel, on ``sms`` SMs.
+- short: the same kernel in CTAs that make room for kernels of higher priority, on all SMs;
+  fp8-short likewise.
 - fp8: our FP8 kernel on ``sms`` SMs, from operands that are quantised already; for the weight
   gradient with the second quantising along the rows, which only serves it.
 - quantize: of the rows of a product (for forward and input gradient), and of the weights (once per
@@ -36,7 +38,12 @@ from dualpipe_ext.kernels.fp8_gemm import (
     grouped_mm_fp8_weight_grad,
     quantize_weights,
 )
-from dualpipe_ext.kernels.grouped_gemm import group_bounds, grouped_mm, grouped_mm_weight_grad
+from dualpipe_ext.kernels.grouped_gemm import (
+    SHORT_CTAS,
+    group_bounds,
+    grouped_mm,
+    grouped_mm_weight_grad,
+)
 
 Row = dict[str, object]
 # Relative errors in the norm. BF16 rounds to 2^-9 at most. E4M3 is off by 2^-5 in the root mean
@@ -144,7 +151,10 @@ def _layer(
 def _products(
     options: GemmOptions, x: Tensor, w: Tensor, grad: Tensor, offsets: Tensor
 ) -> dict[str, dict[str, Call]]:
-    """The calls by product and variant; "@" and a number after it limit the SMs."""
+    """The calls by product and variant; "@" and a number after it limit the SMs.
+
+    "short" is for short CTAs, which make room for kernels of higher priority.
+    """
     rows, grads = quantize(x, pow2_scales=True), quantize(grad, pow2_scales=True)
     forward, backward = quantize_weights(w)
     turned = w.transpose(1, 2)
@@ -157,27 +167,31 @@ def _products(
             "weights": lambda: quantize_weights(w),
         },
     }
+
+    def add(max_sms: int) -> None:
+        limit, short = {"max_sms": max_sms}, max_sms == SHORT_CTAS
+        ours: dict[str, tuple[Call, Call]] = {
+            "forward": (
+                lambda: grouped_mm(x, w, offsets, **limit),
+                lambda: grouped_mm_fp8(rows, forward, offsets, **limit),
+            ),
+            "input_grad": (
+                lambda: grouped_mm(grad, turned, offsets, **limit),
+                lambda: grouped_mm_fp8(grads, backward, offsets, **limit),
+            ),
+            "weight_grad": (
+                lambda: grouped_mm_weight_grad(x, grad, offsets, **limit),
+                lambda: grouped_mm_fp8_weight_grad(rows, grads, offsets, **limit),
+            ),
+        }
+        for name, calls in ours.items():
+            names = ("short", "fp8-short") if short else (f"persistent@{max_sms}", f"fp8@{max_sms}")
+            products[name] |= dict(zip(names, calls, strict=True))
+
     num_sms = _num_sms(x.device)
     for sms in dict.fromkeys(min(sms or num_sms, num_sms) for sms in options.sms):
-        limit = {"max_sms": sms}
-        for name, bf16, fp8 in (
-            (
-                "forward",
-                lambda limit=limit: grouped_mm(x, w, offsets, **limit),
-                lambda limit=limit: grouped_mm_fp8(rows, forward, offsets, **limit),
-            ),
-            (
-                "input_grad",
-                lambda limit=limit: grouped_mm(grad, turned, offsets, **limit),
-                lambda limit=limit: grouped_mm_fp8(grads, backward, offsets, **limit),
-            ),
-            (
-                "weight_grad",
-                lambda limit=limit: grouped_mm_weight_grad(x, grad, offsets, **limit),
-                lambda limit=limit: grouped_mm_fp8_weight_grad(rows, grads, offsets, **limit),
-            ),
-        ):
-            products[name] |= {f"persistent@{sms}": bf16, f"fp8@{sms}": fp8}
+        add(sms)
+    add(SHORT_CTAS)
     return products
 
 

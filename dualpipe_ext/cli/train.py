@@ -115,7 +115,7 @@ def command(
     sm_means: Annotated[
         str | None,
         typer.Option(
-            help="How compute beside them is told: none, persistent, queued, carve_out or "
+            help="How compute beside them is told: none, persistent, yielding, carve_out or "
             "green_context.",
             rich_help_panel=_PARALLEL,
         ),

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
+
 
 class Untold:
     """``none``: compute takes all SMs, and its CTAs wait where communication is.
@@ -43,7 +45,10 @@ class Untold:
         return self.num_sms
 
     def grid_limit(self, comm_sms: int, *, beside: bool) -> int | None:
-        """SMs for a kernel that takes a limit, beside communication or alone; None for all."""
+        """SMs for a kernel that takes a limit, beside communication or alone; None for all.
+
+        ``SHORT_CTAS`` for all, by CTAs that make room soon (``kernels/grouped_gemm.py``).
+        """
         return None
 
     def step(self, comm_sms: int) -> AbstractContextManager[Any]:
@@ -69,16 +74,17 @@ class Persistent(Untold):
         return self.left(comm_sms) if beside else self.num_sms
 
 
-class Queued(Untold):
-    """``queued``: grouped GEMMs take their tiles from a queue, on all SMs, with or without
-    communication beside.
+class Yielding(Untold):
+    """``yielding``: grouped GEMMs by CTAs that are over in some tens of microseconds, always.
 
-    Of n SMs that are taken for a while, such a product loses that while's share of its tiles. The
-    libraries' products give every CTA a fixed share: one that starts late ends late by as much.
+    Whatever communication launches, on its stream of high priority, gets SMs that soon, and only
+    as many as it asks for. The libraries' products hold all SMs from their first tile to their
+    last, milliseconds long, and give every CTA a fixed share: communication waits for their end,
+    and a product that begins beside communication ends as late as that.
     """
 
     def grid_limit(self, comm_sms: int, *, beside: bool) -> int | None:
-        return self.num_sms
+        return SHORT_CTAS
 
 
 class CarveOut(Untold):
@@ -162,7 +168,7 @@ class Green(Untold):
 _BY_NAME: dict[str, type[Untold]] = {
     "none": Untold,
     "persistent": Persistent,
-    "queued": Queued,
+    "yielding": Yielding,
     "carve_out": CarveOut,
     "green_context": Green,
 }
@@ -180,7 +186,7 @@ def check_means(means: object) -> None:
 
 def depends_on_number(means: str) -> bool:
     """Whether compute does anything else for another number of SMs."""
-    return _BY_NAME[means] not in (Untold, Queued)
+    return _BY_NAME[means] not in (Untold, Yielding)
 
 
 def has_same_bits(means: str) -> bool:

@@ -37,7 +37,7 @@ class SMPartition:
             until then.
         means: how compute beside communication is told, one of
             :data:`~dualpipe_ext.sms.MEANS`: "none", "persistent" (grouped GEMMs with fewer CTAs),
-            "queued" (grouped GEMMs whose CTAs share their tiles), "carve_out" (torch's private
+            "yielding" (grouped GEMMs whose CTAs soon make room), "carve_out" (torch's private
             call), "green_context" (a stream with fewer SMs).
         device: the GPU. On a CPU everything here does nothing.
 
@@ -52,7 +52,7 @@ class SMPartition:
     Traceback (most recent call last):
     ...
     ValueError: expected sm_means whose results have the same bits for every number of SMs (none, \
-persistent, queued) with comm_sms='auto', got 'carve_out'; give a number
+persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
     """
 
     def __init__(

@@ -22,7 +22,7 @@ def test_rows_say_what_was_measured():
     products = {
         (product, variant)
         for product in ("forward", "input_grad", "weight_grad")
-        for variant in ("torch", "persistent", "fp8")
+        for variant in ("torch", "persistent", "fp8", "short", "fp8-short")
     } | {("quantize", "rows"), ("quantize", "weights")}
     assert found == {(256, 256, *p) for p in products} | {(128, 256, *p) for p in products}
     assert len(rows) == len(found)

@@ -146,7 +146,7 @@ def test_a_run_is_compared_with_one_that_nobody_balances(tmp_path: Path):
         (["--comm-sms=8"], "expected --comm-sms auto without GPUs, which have the SMs, got 8"),
         (
             ["--sm-means=loud"],
-            "expected sm_means to be one of none, persistent, queued, carve_out, green",
+            "expected sm_means to be one of none, persistent, yielding, carve_out, green",
         ),
         (["--sm-means=carve_out"], "with comm_sms='auto', got 'carve_out'; give a number"),
         (["--steps=many"], "'--steps'"),

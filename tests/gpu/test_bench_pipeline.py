@@ -58,4 +58,10 @@ def test_a_pair_told_by_every_means():
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     (taken,) = options.sms
     in_groups = (num_sms - taken) // 8 * 8
-    assert [row.compute_sms for row in rows] == [None, num_sms - taken, num_sms - taken, in_groups]
+    assert [row.compute_sms for row in rows] == [
+        None,
+        num_sms - taken,
+        num_sms,
+        num_sms - taken,
+        in_groups,
+    ]

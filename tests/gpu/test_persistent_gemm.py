@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from dualpipe_ext.kernels.grouped_gemm import grouped_mm, grouped_mm_weight_grad
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS, grouped_mm, grouped_mm_weight_grad
 from dualpipe_ext.kernels.persistent_gemm import multiply_columns, multiply_rows
 
 from tests.kernels.gemm_cases import (
@@ -17,7 +17,7 @@ from tests.kernels.gemm_cases import (
 )
 
 ends_and_rows = pytest.mark.parametrize(("ends", "num_rows"), ENDS, ids=str)
-SMS = [1, 2, 7, 131, 132, 10_000, None]
+SMS = [1, 2, 7, 131, 132, 10_000, None, SHORT_CTAS]
 BF16 = torch.bfloat16
 
 

@@ -27,7 +27,7 @@ pytestmark = [
 SM_SHARED = 228 * 1024  # of an H100 or H200 SM, of which a CTA may have 1 KiB less
 FP8, BF16 = "fp8e4nv", "bf16"
 # Sizes of the model are multiples of 16; other sizes spill, and are no sizes of models.
-ANY_VALUE = ("num_rows", "num_groups", "w_scales_group", "w_scales_k", "w_scales_n")
+ANY_VALUE = ("num_rows", "num_groups", "tiles_each", "w_scales_group", "w_scales_k", "w_scales_n")
 
 
 def compile_gemm(kernel, tile, descriptors, pointers, constants):
@@ -41,12 +41,21 @@ def compile_gemm(kernel, tile, descriptors, pointers, constants):
     return compile_for_hopper(kernel, signature, constants, any_value=ANY_VALUE, **options)
 
 
-def compile_rows(dtype, *, w_transposed, out, groups=256):
+def queue(pointers, constants, short):
+    """Short CTAs have no queue."""
+    if short:
+        constants["queue_ptr"] = None
+    else:
+        pointers["queue_ptr"] = "*i32"
+
+
+def compile_rows(dtype, *, w_transposed, out, groups=256, short=False):
     scaled = dtype == FP8
     tile = persistent_gemm.rows_tile(scaled=scaled, itemsize=1 if scaled else 2)
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
     constants = {"W_TRANSPOSED": w_transposed, "GROUPS": groups}
-    pointers = {"out_ptr": out, "offsets_ptr": "*i32", "queue_ptr": "*i32"}
+    pointers = {"out_ptr": out, "offsets_ptr": "*i32"}
+    queue(pointers, constants, short)
     if scaled:
         pointers |= {"x_scales_ptr": "*fp32", "w_scales_ptr": "*fp32"}
     else:
@@ -56,13 +65,14 @@ def compile_rows(dtype, *, w_transposed, out, groups=256):
     return compile_gemm(persistent_gemm._rows_kernel, tile, boxes, pointers, constants)
 
 
-def compile_columns(dtype, *, out):
+def compile_columns(dtype, *, out, short=False):
     scaled = dtype == FP8
     tile = persistent_gemm.columns_tile(scaled=scaled, itemsize=1 if scaled else 2)
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
     constants = {"GROUPS": 256}
     pointers = {"x_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "out_ptr": out}
-    pointers |= {"offsets_ptr": "*i32", "queue_ptr": "*i32"}
+    pointers |= {"offsets_ptr": "*i32"}
+    queue(pointers, constants, short)
     if scaled:
         pointers |= {"x_scales_ptr": "*fp32", "grad_scales_ptr": "*fp32"}
         boxes = {"x_desc": (dtype, [m, k]), "grad_desc": (dtype, [n, k])}
@@ -81,10 +91,14 @@ def expect_one_cta_of_wgmma_and_tma(compiled, instruction, folder):
     assert "cp.async.cg" not in ptx
 
 
+both_grids = pytest.mark.parametrize("short", [False, True], ids=["persistent", "short-ctas"])
+
+
 @pytest.mark.parametrize("groups", [32, 256])
 @pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
-def test_fp8_rows(out, groups, tmp_path):
-    compiled = compile_rows(FP8, w_transposed=True, out=out, groups=groups)
+@both_grids
+def test_fp8_rows(out, groups, short, tmp_path):
+    compiled = compile_rows(FP8, w_transposed=True, out=out, groups=groups, short=short)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n128k32.f32.e4m3.e4m3", tmp_path)
     # The products of the left half join their sums before those of the right half are asked for:
     # both waiting is more than the registers hold.
@@ -93,21 +107,24 @@ def test_fp8_rows(out, groups, tmp_path):
 
 
 @pytest.mark.parametrize("w_transposed", [False, True], ids=["w", "w-transposed"])
-def test_bf16_rows(w_transposed, tmp_path):
-    compiled = compile_rows(BF16, w_transposed=w_transposed, out="*bf16")
+@both_grids
+def test_bf16_rows(w_transposed, short, tmp_path):
+    compiled = compile_rows(BF16, w_transposed=w_transposed, out="*bf16", short=short)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n256k16.f32.bf16.bf16", tmp_path)
     # The next product is asked for before the last one has ended.
     assert re.search(r"wgmma\.wait_group\S*\s+1;", compiled.asm["ptx"])
 
 
 @pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
-def test_fp8_columns(out, tmp_path):
-    compiled = compile_columns(FP8, out=out)
+@both_grids
+def test_fp8_columns(out, short, tmp_path):
+    compiled = compile_columns(FP8, out=out, short=short)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n128k32.f32.e4m3.e4m3", tmp_path)
 
 
-def test_bf16_columns(tmp_path):
-    compiled = compile_columns(BF16, out="*bf16")
+@both_grids
+def test_bf16_columns(short, tmp_path):
+    compiled = compile_columns(BF16, out="*bf16", short=short)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n256k16.f32.bf16.bf16", tmp_path)
 
 

@@ -207,7 +207,7 @@ GOOD = {"x": rows_of(6, 256, 0), "w": weights_of(2, 256, 128, 0), "offsets": int
         ),
         ({"w": QuantizedWeights(GOOD["w"].values, GOOD["w"].scales[:1])}, "weights' scales"),
         ({"offsets": torch.tensor([2, 6])}, "offsets int32"),
-        ({"max_sms": 0}, "max_sms of at least 1, got 0"),
+        ({"max_sms": -1}, "max_sms of at least 1, or 0 for short CTAs, got -1"),
     ],
 )
 def test_bad_input(change, message):

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from dualpipe_ext.kernels import persistent_gemm
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
 from dualpipe_ext.kernels.persistent_gemm import (
     multiply_columns,
     multiply_rows,
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ends_and_rows = pytest.mark.parametrize(("ends", "num_rows"), ENDS, ids=str)
-SMS = [1, 3, None]
+SMS = [1, 3, None, SHORT_CTAS]
 
 
 def int32(ends):
@@ -100,17 +101,24 @@ def test_columns_with_scales(ends, num_rows):
     for block, rows in enumerate(blocks):
         block_of_row[rows.start : rows.stop] = block
     want = product_by_columns(x * x_scales[block_of_row], grad * grad_scales[block_of_row], ends)
-    out = multiply_columns(
-        turned(x, ends, num_blocks),
-        turned(grad, ends, num_blocks),
-        int32(ends),
-        x_scales=x_scales,
-        grad_scales=grad_scales,
-        num_rows=num_rows,
-        out_dtype=torch.float32,
-        max_sms=3,
-    )
-    assert torch.equal(out, want.float())
+    for max_sms in (3, SHORT_CTAS):
+        out = multiply_columns(
+            turned(x, ends, num_blocks),
+            turned(grad, ends, num_blocks),
+            int32(ends),
+            x_scales=x_scales,
+            grad_scales=grad_scales,
+            num_rows=num_rows,
+            out_dtype=torch.float32,
+            max_sms=max_sms,
+        )
+        assert torch.equal(out, want.float())
+
+
+@pytest.mark.parametrize(("steps", "tiles"), [(1, 14), (8, 8), (56, 2), (57, 1), (500, 1)])
+def test_short_ctas_have_about_as_much_to_do(steps, tiles):
+    grid = persistent_gemm._grid(torch.device("cpu"), SHORT_CTAS, 100, steps)
+    assert (grid.num_ctas, grid.tiles_each, grid.queue) == (-(-100 // tiles), tiles, None)
 
 
 def test_more_tiles_than_a_sweep():

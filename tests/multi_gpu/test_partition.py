@@ -32,7 +32,7 @@ def plain() -> list[float]:
     return run(transport="collective", comm_sms="auto", sm_means="none")
 
 
-@pytest.mark.parametrize("means", ["none", "persistent", "queued", "carve_out", "green_context"])
+@pytest.mark.parametrize("means", ["none", "persistent", "yielding", "carve_out", "green_context"])
 def test_losses_stay(means: str, plain: list[float]) -> None:
     """The same bits with every number; with means that make libraries choose other kernels,
     equal but for rounding."""

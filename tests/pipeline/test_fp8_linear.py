@@ -220,7 +220,7 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match="multiples of 128"):
         grouped_linear_fp8(x, w[..., :100], OFFSETS)
     with pytest.raises(ValueError, match="max_sms of at least 1"):
-        grouped_linear_fp8(x, w, OFFSETS, max_sms=0)
+        grouped_linear_fp8(x, w, OFFSETS, max_sms=-1)
 
 
 def test_a_limit_is_asked_for_at_every_product(monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
 
 from dualpipe_ext.sms import MEANS, means
 from dualpipe_ext.sms.means import DEFAULT_MEANS, depends_on_number, has_same_bits, make_means
@@ -26,7 +27,7 @@ def carve_out(monkeypatch):
 
 def test_the_default_is_one_that_auto_can_take():
     assert DEFAULT_MEANS in MEANS
-    assert [name for name in MEANS if has_same_bits(name)] == ["none", "persistent", "queued"]
+    assert [name for name in MEANS if has_same_bits(name)] == ["none", "persistent", "yielding"]
 
 
 def test_none_tells_nobody():
@@ -43,9 +44,9 @@ def test_persistent_limits_grids_beside_communication_and_gives_a_limit_always()
     assert told.grid_limit(0, beside=True) == SMS
 
 
-def test_queued_takes_all_sms_always():
-    told = make_means("queued", GPU, SMS)
-    assert {told.grid_limit(n, beside=b) for n in (0, 24) for b in (True, False)} == {SMS}
+def test_yielding_makes_room_always():
+    told = make_means("yielding", GPU, SMS)
+    assert {told.grid_limit(n, beside=b) for n in (0, 24) for b in (True, False)} == {SHORT_CTAS}
     assert told.left(24) == SMS
     names = [name for name in MEANS if depends_on_number(name)]
     assert names == ["persistent", "carve_out", "green_context"]
@@ -85,7 +86,7 @@ def test_what_torch_lacks_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"got 'green_context': torch .* has no green contexts"):
         make_means("green_context", GPU, SMS)
     with pytest.raises(
-        ValueError, match="one of none, persistent, queued, carve_out, green_context, got"
+        ValueError, match="one of none, persistent, yielding, carve_out, green_context, got"
     ):
         make_means("shouting", GPU, SMS)
 

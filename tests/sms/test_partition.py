@@ -69,7 +69,7 @@ def test_a_follower_that_fails_leaves_the_number():
     assert partition.comm_sms == 24
 
 
-@pytest.mark.parametrize("means", ["none", "persistent", "queued", "carve_out", "green_context"])
+@pytest.mark.parametrize("means", ["none", "persistent", "yielding", "carve_out", "green_context"])
 def test_on_a_cpu_it_does_nothing(means):
     partition = SMPartition(8, means=means, device=torch.device("cpu"))
     with partition.step(), partition.beside():
@@ -88,7 +88,7 @@ def test_on_a_cpu_it_does_nothing(means):
         (
             8,
             "loud",
-            "sm_means to be one of none, persistent, queued, carve_out, green_context, got 'loud'",
+            "one of none, persistent, yielding, carve_out, green_context, got 'loud'",
         ),
         ("auto", "carve_out", "same bits .* got 'carve_out'; give a number"),
         ("auto", "green_context", "same bits .* got 'green_context'; give a number"),

@@ -63,7 +63,7 @@ def command(
     sm_means: Annotated[
         str | None,
         typer.Option(
-            help="How the pair's compute is told of these SMs: none, persistent, queued, "
+            help="How the pair's compute is told of these SMs: none, persistent, yielding, "
             "carve_out, "
             "green_context, or several, each measured. [default: that of dualpipe train]",
             rich_help_panel=RANKS,

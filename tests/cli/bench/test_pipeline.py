@@ -61,11 +61,11 @@ def test_nothing_measured_is_exit_code_1(tmp_path):
         (["--picture", "x.png"], "--device cuda for --picture, got cpu"),
         (
             ["--sm-means", "loud"],
-            "--sm-means of none, persistent, queued, carve_out, green_context, got",
+            "--sm-means of none, persistent, yielding, carve_out, green_context, got",
         ),
         (
             ["--sm-means", ","],
-            "--sm-means of none, persistent, queued, carve_out, green_context, got",
+            "--sm-means of none, persistent, yielding, carve_out, green_context, got",
         ),
         (["--ep", "2"], "--ep to divide 1 ranks, got 2"),
     ],
