@@ -89,8 +89,8 @@ def test_tables_are_what_the_recorded_rows_say():
     assert TOOL["filled"](README) == README, "run python tools/readme_tables.py"
 
 
-def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
-    with (folder / "eplb.csv").open("w", newline="") as file:
+def write_rows(folder: Path, rows: list[dict[str, str]], name: str = "eplb") -> None:
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -117,6 +117,24 @@ def test_rows_of_a_gpu_replace_those_of_a_cpu(tmp_path, monkeypatch):
     assert "GPU A" in table
     assert "2nd" in table
     assert table.count("58 x 256 to 288 on 32 in 4 hosts") == 2
+
+
+def test_shares_of_plain_pushes_and_copies_are_shown_where_measured(tmp_path, monkeypatch):
+    with (ROOT / "benchmarks" / "results" / "ep.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    old = first | {"num_sms": "24", "of_push": "", "of_peer_copy": ""}
+    copies = old | {"transport": "copy_engine", "num_sms": ""}
+    monkeypatch.setitem(TOOL["ep"].__globals__, "RESULTS", tmp_path)
+    write_rows(tmp_path, [old, copies], "ep")
+    assert "plain" not in TOOL["ep"]()
+    push = old | {"case": "push-bf16", "transport": "push_kernel"}
+    new = [old | {"of_push": "0.9531"}, copies | {"of_peer_copy": "0.9612"}, push]
+    write_rows(tmp_path, new, "ep")
+    table = TOOL["ep"]()
+    assert "| of a plain push, 24 SMs |" in table
+    assert "| 95.3% |" in table
+    assert "| 96.1% |" in table
+    assert "push-bf16" not in table
 
 
 def test_linked_files_exist():

@@ -167,13 +167,22 @@ def _ep_of(rows: Sequence[Row]) -> str:
         one = found.get((row["case"], "nvlink", "24"))
         return f"{float(one['sm_us']) / 1000:.1f}" if one and one["sm_us"] else ""
 
+    def share(column: str, transport: str, sms: str = "") -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            one = found.get((row["case"], transport, sms))
+            return f"{float(one[column]):.1%}" if one and one[column] else ""
+
+        return cell
+
     first = rows[0]
     sms = sorted({int(row["num_sms"]) for row in rows if row["num_sms"]})
     columns = {
         f"us a call, {first['ranks']} GPUs": lambda row: _EP_CASES[row["case"]],
         **{f"{n} SMs": time("nvlink", str(n)) for n in sms},
+        "of a plain push, 24 SMs": share("of_push", "nvlink", "24"),
         "SM ms, 24 SMs": sm_time,
         "copy engines": time("copy_engine"),
+        "of a plain copy": share("of_peer_copy", "copy_engine"),
         "NCCL": time("nccl-per-rank"),
         "NCCL, row per expert": time("nccl-per-expert"),
     }

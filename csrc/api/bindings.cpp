@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "api/bench_bindings.h"
 #include "api/check.h"
 #include "api/device.h"
 #include "api/dlpack_bindings.h"
@@ -223,4 +224,5 @@ PYBIND11_MODULE(_C, m) {
   dualpipe::bind_dlpack(m);
   dualpipe::bind_ep(m);
   dualpipe::bind_eplb(m);
+  dualpipe::bind_bench(m);
 }

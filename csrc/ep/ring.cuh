@@ -4,20 +4,10 @@
 
 #include <cstdint>
 
+#include "ep/stage_layout.h"
 #include "ptx/bulk.cuh"
 
 namespace dualpipe {
-
-// A stage holds a piece of a row, and behind it numbers that belong to the row.
-struct StageLayout {
-  uint32_t piece_bytes;  // at most
-  uint32_t extra_bytes;  // at most
-
-  __host__ __device__ uint32_t extra_offset() const { return (piece_bytes + 127) / 128 * 128; }
-  __host__ __device__ uint32_t bytes() const {
-    return extra_offset() + (extra_bytes + 127) / 128 * 128;
-  }
-};
 
 class Ring {
  public:

@@ -75,6 +75,8 @@ class AllToAllRunner(Runner):
         self.row_per_expert = variant.transport.endswith("-per-expert")
 
     def supports(self, case: Case) -> bool:
+        if case.op == "push":
+            return False
         layouts = ("expert",) if self.row_per_expert else ("token", "expert")
         return case.layout in layouts and case.alignment == 1 and not case.zero_copy
 

@@ -26,7 +26,7 @@ class Case:
 
     name: str
     op: str
-    """dispatch or combine."""
+    """dispatch or combine; push for the rows of a dispatch alone."""
     layout: Layout
     fp8: bool = False
     quantised: bool = False
@@ -52,6 +52,23 @@ CASES: tuple[Case, ...] = (
     Case("combine-expert", "combine", "expert"),
     Case("combine-expert128", "combine", "expert", alignment=ALIGNMENT),
 )
+
+PUSH_BF16 = Case("push-bf16", "push", "token")
+PUSH_FP8 = Case("push-fp8", "push", "token", fp8=True, quantised=True)
+
+
+def push_case(case: Case) -> Case:
+    """The plain push that moves the rows of ``case`` and nothing else; of a combine, their way."""
+    return PUSH_FP8 if case.fp8 else PUSH_BF16
+
+
+def push_cases(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """The plain pushes that ``cases`` compare with.
+
+    >>> [case.name for case in push_cases(CASES)]
+    ['push-bf16', 'push-fp8']
+    """
+    return tuple(dict.fromkeys(map(push_case, cases)))
 
 
 def select_cases(words: Sequence[str] | None) -> tuple[Case, ...]:
@@ -168,3 +185,17 @@ def make_inputs(options: EpOptions, ranks: Ranks) -> Inputs:
 def row_bytes(hidden: int, fp8: bool) -> int:
     """Bytes of a row that moves: BF16 values, or FP8 values with their float32 scales."""
     return hidden + 4 * (hidden // BLOCK) if fp8 else 2 * hidden
+
+
+def wire_rows(rows: Tensor | Quantized) -> Tensor:
+    """What crosses the link of each row: its values, and behind FP8 values their scales.
+
+    Returns:
+        uint8 [N, B]; whole 16 bytes, the unit of bulk copies, with zeros behind them.
+    """
+    if isinstance(rows, Quantized):
+        parts = [rows.values.view(torch.uint8), rows.scales.contiguous().view(torch.uint8)]
+    else:
+        parts = [rows.view(torch.uint8)]
+    size = sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(len(parts[0]), -size % 16)], dim=1)

@@ -10,12 +10,12 @@ M expert rows. ``place`` numbers the tokens of all ranks: ``rank * T + token``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dualpipe_ext.bench.ep_cases import Case, Inputs
+from dualpipe_ext.bench.ep_cases import Case, Inputs, wire_rows
 from dualpipe_ext.bench.ranks import Ranks
 
 # Unit roundoff of bfloat16 and float32.
@@ -110,6 +110,26 @@ def wrong_dispatch(received: object, case: Case, inputs: Inputs, at: Placement) 
         if (wrong := _wrong_rows(got, source, at)) is not None:
             return f"{name}: {wrong}"
     return _wrong_details(received, inputs, at)
+
+
+def wrong_push(rows: Tensor, case: Case, inputs: Inputs, at: Placement, rank: int) -> str | None:
+    """What is wrong with rows that were pushed, in one line; None if nothing is.
+
+    Args:
+        rows: uint8 [R * T, B], what this rank got into memory that was zero.
+        case: what was asked for.
+        inputs: what all ranks sent.
+        at: the placement of this rank, in token layout.
+        rank: this rank; its own rows are not moved, so they are zero.
+    """
+    source = wire_rows(inputs.all_quantised if case.fp8 else inputs.all_x)
+    if rows.shape != source.shape:
+        return f"expected rows {tuple(source.shape)}, got {tuple(rows.shape)}"
+    num_tokens = len(inputs.topk_idx)
+    own = at.place.div(num_tokens, rounding_mode="floor") == rank
+    place = torch.full((len(rows),), -1, device=at.place.device)
+    place[: at.num_rows] = torch.where(own, -1, at.place)
+    return _wrong_rows(rows, source, replace(at, place=place))
 
 
 def _wrong_rows(got: Tensor, source: Tensor, at: Placement) -> str | None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from dualpipe_ext.bench.ep_cases import PUSH_BF16, PUSH_FP8
 from dualpipe_ext.bench.ep_result import OK, PEER_COPY, EpRow
 from dualpipe_ext.bench.ep_table import title, variant_label
 from dualpipe_ext.files import check_picture, replacing
@@ -49,7 +50,8 @@ def draw(rows: Sequence[EpRow], path: str | os.PathLike[str], gpu: str) -> None:
 def _draw_bandwidth(axis: Any, rows: list[EpRow]) -> None:
     virtual = any(row.virtual for row in rows)
     shown = [name for name in _SHOWN if any(row.case == name for row in rows)]
-    shown = shown or sorted({row.case for row in rows} - {PEER_COPY})
+    limits = {PEER_COPY, PUSH_BF16.name, PUSH_FP8.name}
+    shown = shown or sorted({row.case for row in rows} - limits)
     without_sms = sorted({row.transport for row in rows if row.num_sms is None} - {"copy_"})
     dashes = {name: _DASHES[i % len(_DASHES)] for i, name in enumerate(without_sms)}
     for number, case in enumerate(shown):
@@ -66,6 +68,11 @@ def _draw_bandwidth(axis: Any, rows: list[EpRow]) -> None:
                     linestyle=dashes[row.transport],
                     label=f"{case}, {row.transport}",
                 )
+    for case, marker in ((PUSH_BF16, "s"), (PUSH_FP8, "^")):
+        line = sorted((r.num_sms, _rate(r)) for r in rows if r.case == case.name)
+        if line:
+            rate = {"color": "0.6", "marker": marker, "linestyle": ":"}
+            axis.plot(*zip(*line, strict=True), **rate, zorder=0, label=f"plain {case.name}")
     for row in rows:
         if row.case == PEER_COPY:
             axis.axhline(_rate(row), color="0.6", linewidth=3, zorder=0, label="plain copy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -70,6 +71,10 @@ class EpRow:
     overlap_speed_up: float | None = None
     overlap_us: float | None = None
     """One call beside GEMMs."""
+    of_push: float | None = None
+    """wire_gb_s over that of a plain push of such rows with as many SMs, in the same run."""
+    of_peer_copy: float | None = None
+    """Copy engines: copy_gb_s over the wire_gb_s of a plain copy in the same run."""
 
     def set_times(self, name: str, values: dict[str, float]) -> None:
         """Store p20, p50 and p80 of ``us``, ``uncached_us`` or ``graph_us``."""
@@ -90,6 +95,25 @@ class EpRow:
     def to_dict(self) -> dict[str, Any]:
         """Plain data by column."""
         return asdict(self)
+
+
+def set_fractions(rows: Sequence[EpRow], push_of: Mapping[str, str]) -> None:
+    """Fill in what ``rows`` of one run reach of its plain pushes and of its plain copy.
+
+    Args:
+        rows: all rows of the run.
+        push_of: for the name of a case, the name of the plain push of such rows.
+    """
+    good = [row for row in rows if row.status == OK and row.wire_gb_s]
+    rates = {(row.case, row.num_sms): row.wire_gb_s for row in good}
+    for row in good:
+        # Only plain pushes have such names; those that take no SMs find none.
+        push = rates.get((push_of.get(row.case, ""), row.num_sms))
+        if push:
+            row.of_push = round(row.wire_gb_s / push, 4)
+        copy = rates.get((PEER_COPY, None))
+        if copy and row.copy_gb_s:
+            row.of_peer_copy = round(row.copy_gb_s / copy, 4)
 
 
 def columns() -> list[str]:

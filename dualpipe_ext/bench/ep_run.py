@@ -18,9 +18,25 @@ import torch
 from dualpipe_ext.bench import ep_check, timing
 from dualpipe_ext.bench.beside_gemm import GemmBeside
 from dualpipe_ext.bench.ep_baseline import AllToAllRunner, peer_copy
-from dualpipe_ext.bench.ep_cases import Case, EpOptions, make_inputs, row_bytes
+from dualpipe_ext.bench.ep_cases import (
+    Case,
+    EpOptions,
+    make_inputs,
+    push_case,
+    push_cases,
+    row_bytes,
+)
 from dualpipe_ext.bench.ep_check import Placement
-from dualpipe_ext.bench.ep_result import ERROR, FAILED, OK, PEER_COPY, UNAVAILABLE, EpRow
+from dualpipe_ext.bench.ep_push import PUSH, PushRunner, with_pushes
+from dualpipe_ext.bench.ep_result import (
+    ERROR,
+    FAILED,
+    OK,
+    PEER_COPY,
+    UNAVAILABLE,
+    EpRow,
+    set_fractions,
+)
 from dualpipe_ext.bench.ep_variants import (
     BASELINES,
     BufferRunner,
@@ -57,16 +73,17 @@ class _Run:
         self.on_gpu = ranks.device.type == "cuda"
         self.inputs = make_inputs(options, ranks)
         self.num_local = options.experts // ranks.num_ranks
+        self.cases = (*options.cases, *push_cases(options.cases))
         self.placements = {
             key: ep_check.placements(self.inputs, ranks, self.num_local, case)
-            for key, case in {(c.layout, c.alignment): c for c in options.cases}.items()
+            for key, case in {(c.layout, c.alignment): c for c in self.cases}.items()
         }
         self.rows: list[EpRow] = []
         alone = ranks.local is not None or ranks.num_ranks == 1
         self.gemm = GemmBeside(ranks) if options.gemm and self.on_gpu and not alone else None
 
     def all(self) -> list[EpRow]:
-        everything = variants(self.options)
+        everything = with_pushes(variants(self.options))
         for variant in everything:
             self._with_runner(variant, self._measure)
         if self.on_gpu and "copy_engine" in self.options.transports:
@@ -75,6 +92,7 @@ class _Run:
             for variant in everything:
                 if self._rows_of(variant):
                     self._with_runner(variant, self._sm_time)
+        set_fractions(self.rows, {case.name: push_case(case).name for case in self.options.cases})
         say(self.ranks, "")
         return self.rows
 
@@ -98,8 +116,11 @@ class _Run:
             torch.cuda.empty_cache()
 
     def _runner(self, variant: Variant) -> Runner:
-        baseline = variant.transport.partition("-")[0] in BASELINES
-        kind = AllToAllRunner if baseline else BufferRunner
+        kind: Callable[..., Runner] = BufferRunner
+        if variant.transport == PUSH:
+            kind = PushRunner
+        elif variant.transport.partition("-")[0] in BASELINES:
+            kind = AllToAllRunner
         return kind(variant, self.options, self.inputs, self.ranks)
 
     def _rows_of(self, variant: Variant) -> list[EpRow]:
@@ -130,7 +151,7 @@ class _Run:
     def _measure(self, variant: Variant, runner: Runner) -> None:
         """First pass: check, time and overlap every case of one variant."""
         measured = []
-        for case in self.options.cases:
+        for case in self.cases:
             if runner.supports(case):
                 say(self.ranks, variant.label, f"checking {case.name}")
                 row = self._row(case.name, variant, OK)
@@ -164,6 +185,7 @@ class _Run:
         except ProblemError as problem:
             row.status, row.reason = ERROR, str(problem)
             return None
+        row.reason = prepared.note
         return prepared
 
     def _at(self, case: Case) -> list[Placement]:
@@ -188,6 +210,10 @@ class _Run:
             rows = self.ranks.gather(prepared.rows)
             wrong = self.ranks.together(
                 lambda: ep_check.wrong_combine(got, rows, at, rank, self.options.top_k)
+            )
+        elif case.op == "push":
+            wrong = self.ranks.together(
+                lambda: ep_check.wrong_push(got, case, self.inputs, at[rank], rank)
             )
         else:
             wrong = self.ranks.together(
@@ -220,7 +246,9 @@ class _Run:
         crossing = self._rows_received(per_expert=True)[0] if runner.row_per_expert else needed
         for one in measured:
             size = row_bytes(self.options.hidden, one.case.fp8)
-            one.row.set_traffic(crossing * size, needed * size, received * size)
+            # A push leaves out the rows that stay.
+            arriving = needed if one.case.op == "push" else received
+            one.row.set_traffic(crossing * size, needed * size, arriving * size)
             if variant.nominal_sms is not None:
                 one.row.nominal_sm_us = round(variant.nominal_sms * one.row.us_p50, 1)
 
@@ -297,7 +325,7 @@ class _Run:
                 case.name: self.ranks.together(
                     lambda case=case: runner.prepare(case, self._num_rows(case)).cached
                 )
-                for case in self.options.cases
+                for case in self.cases
                 if case.name in good
             }
             found = self.ranks.together(lambda: sm_times(calls, self.ranks))

@@ -19,6 +19,8 @@ _HEADINGS = (
     "routing",
     "graph",
     "wire\nGB/s",
+    "of\npush",
+    "of plain\ncopy",
     "logical\nGB/s",
     "SM ms\n(nominal)",
     "GEMM",
@@ -26,6 +28,8 @@ _HEADINGS = (
 )
 _LEGEND = (
     "us: a call, routing known; uncached: routing included; graph: replayed from a CUDA graph. "
+    "of push: wire rate over that of a kernel that only pushes such rows, with as many SMs; "
+    "of plain copy: of the copies while they move. "
     "SM ms: kernels x SMs they take; nominal: SMs asked for x us. "
     "GEMM: slow-down of a GEMM beside it; overlap: serial over overlapped."
 )
@@ -115,6 +119,8 @@ def _cells(row: EpRow) -> list[str]:
         _number(row.routing_us, "+.1f"),
         _number(row.graph_us_p50, ".1f"),
         _number(row.wire_gb_s, ".3g"),
+        _number(row.of_push, ".1%"),
+        _number(row.of_peer_copy, ".1%"),
         _number(row.logical_gb_s, ".3g"),
         sm + (f" ({nominal})" if nominal else ""),
         _number(row.gemm_slow_down, ".2f", "x"),

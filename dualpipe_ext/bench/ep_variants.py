@@ -1,7 +1,7 @@
 """The ways to move rows that are compared, each behind the same few methods.
 
 What belongs here: the contract of a variant, and the variants that are a ``Buffer``. Baselines are
-in ``ep_baseline.py``.
+in ``ep_baseline.py`` and ``ep_push.py``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def variants(options: EpOptions) -> list[Variant]:
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """The calls of one case, ready to be made over and over. A dispatch returns what it received,
-    a combine the tokens."""
+    a combine the tokens, a push the rows that came."""
 
     cached: Call
     """The routing is known: with a handle."""
@@ -70,6 +70,8 @@ class Prepared:
     """Dispatch: routing included."""
     rows: Tensor | None = None
     """What a combine sums."""
+    note: str = ""
+    """What its row should tell."""
 
 
 class Runner(ABC):
@@ -122,6 +124,8 @@ class BufferRunner(Runner):
         self.capturable = variant.transport in _CAPTURABLE and ranks.local is None
 
     def supports(self, case: Case) -> bool:
+        if case.op == "push":
+            return False
         return not case.zero_copy or self._buffer.transport in _ZERO_COPY
 
     def prepare(self, case: Case, num_rows: int) -> Prepared:

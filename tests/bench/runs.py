@@ -11,8 +11,10 @@ from unittest.mock import patch
 import torch
 
 from dualpipe_ext.bench import ep_run
-from dualpipe_ext.bench.ep_cases import EpOptions, select_cases
+from dualpipe_ext.bench.ep_cases import EpOptions, select_cases, wire_rows
+from dualpipe_ext.bench.ep_push import slots
 from dualpipe_ext.bench.ep_result import EpRow
+from dualpipe_ext.bench.ep_variants import Prepared, Runner
 from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.ep import reference, registry
 from dualpipe_ext.ep.collective import CollectiveTransport
@@ -51,6 +53,40 @@ class FlippedBit(CollectiveTransport):
         if handle.layout == "expert" and self.config.rank == 0:
             y[2, 5] += y[2].abs().max()
         return y, weights
+
+
+class NamedNVLink(CollectiveTransport):
+    """Takes SMs, as far as anybody asks."""
+
+    name = "nvlink"
+
+
+class InMemoryPush(Runner):
+    """In the place of ``PushRunner``: what a plain push would leave, without one.
+
+    With one SM too many, a bit of the last rank's FP8 rows is wrong.
+    """
+
+    def __init__(self, variant, options, inputs, ranks):
+        self.variant, self.options, self.inputs, self.ranks = variant, options, inputs, ranks
+
+    def supports(self, case):
+        return case.op == "push"
+
+    def prepare(self, case, num_rows):
+        source = wire_rows(self.inputs.all_quantised if case.fp8 else self.inputs.all_x)
+        places = slots(
+            self.inputs.all_idx,
+            self.ranks.num_ranks,
+            self.options.experts // self.ranks.num_ranks,
+        )[:, self.ranks.rank]
+        places.view(self.ranks.num_ranks, -1)[self.ranks.rank] = -1
+        rows = torch.zeros_like(source)
+        rows[places[places >= 0].long()] = source[places >= 0]
+        last = self.ranks.rank == self.ranks.num_ranks - 1
+        if case.fp8 and last and self.variant.num_sms == 9:
+            rows[0, 0] ^= 1
+        return Prepared(lambda: rows, note="as asked")
 
 
 class Raises(CollectiveTransport):
@@ -124,16 +160,28 @@ def run_with_flipped_bit(ranks: Ranks, options: EpOptions) -> list[EpRow]:
         return ep_run.run(ranks, options)
 
 
+def run_with_push(ranks: Ranks, options: EpOptions) -> list[EpRow]:
+    with (
+        patch.object(registry, "_TRANSPORTS", (NamedNVLink,)),
+        patch.object(ep_run, "PushRunner", InMemoryPush),
+    ):
+        return ep_run.run(ranks, options)
+
+
 def run_that_raises(ranks: Ranks, options: EpOptions) -> list[EpRow]:
     with patch.object(registry, "_TRANSPORTS", (Raises,)):
         return ep_run.run(ranks, options)
 
 
-def run_everything(ranks: Ranks, options: EpOptions) -> tuple[list[list[EpRow]], list[str]]:
+def run_everything(
+    ranks: Ranks, options: EpOptions, with_push: EpOptions
+) -> tuple[list[list[EpRow]], list[str]]:
     """Good, wrong and raising transports, one after the other: starting ranks is most of the time.
 
-    Returns the rows of the three, and what every rank's rows of the first look like.
+    Returns the rows of the three and of a run beside plain pushes, and what every rank's rows of
+    the first look like.
     """
     good = ep_run.run(ranks, options)
     told = ranks.gather_object(repr(good))
-    return [good, run_with_flipped_bit(ranks, options), run_that_raises(ranks, options)], told
+    flipped, raising = run_with_flipped_bit(ranks, options), run_that_raises(ranks, options)
+    return [good, flipped, raising, run_with_push(ranks, with_push)], told

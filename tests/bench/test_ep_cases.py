@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dualpipe_ext.bench.ep_cases import CASES, select_cases
+from dualpipe_ext.bench.ep_cases import CASES, push_case, push_cases, select_cases
 from tests.bench.runs import small
 
 
@@ -19,7 +19,15 @@ def test_selected_by_name_or_beginning() -> None:
     assert select_cases(["combine", "dispatch", "combine-token"]) == CASES
 
 
-@pytest.mark.parametrize("word", ["dispatch-fp", "gather", ""])
+def test_pushes_of_the_rows_that_are_measured() -> None:
+    by_case = {case.name: push_case(case).name for case in CASES}
+    assert by_case["dispatch-bf16-expert"] == by_case["combine-token"] == "push-bf16"
+    assert by_case["dispatch-fp8-buffer"] == by_case["dispatch-quantised-token"] == "push-fp8"
+    assert [c.name for c in push_cases(select_cases(["combine"]))] == ["push-bf16"]
+    assert not set(by_case) & set(by_case.values())
+
+
+@pytest.mark.parametrize("word", ["dispatch-fp", "gather", "push-bf16", ""])
 def test_unknown_cases(word: str) -> None:
     with pytest.raises(ValueError, match="expected --what of dispatch, combine, dispatch-bf16-"):
         select_cases([word])

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dualpipe_ext.bench.ep_cases import CASES, Case, Inputs
-from dualpipe_ext.bench.ep_check import placement, wrong_combine, wrong_dispatch
+from dualpipe_ext.bench.ep_cases import CASES, PUSH_BF16, PUSH_FP8, Case, Inputs, wire_rows
+from dualpipe_ext.bench.ep_check import placement, wrong_combine, wrong_dispatch, wrong_push
 from dualpipe_ext.ep import Quantized, quantize, reference
 from tests.ep.cases import make_case
 
@@ -89,6 +89,23 @@ def test_rows_missing_or_of_another_dtype() -> None:
     assert wrong_dispatch(fewer, case, given, at).startswith(f"expected at least {at.num_rows} row")
     other = replace(got, tokens=got.tokens.float())
     assert "expected tokens of torch.bfloat16" in wrong_dispatch(other, case, given, at)
+
+
+@pytest.mark.parametrize("case", [PUSH_BF16, PUSH_FP8], ids=lambda case: case.name)
+def test_pushed_rows(case: Case) -> None:
+    given = inputs(rank=1, masked=True)
+    at = placement(given.all_idx, 1, EXPERTS_PER_RANK, case)
+    source = wire_rows(given.all_quantised if case.fp8 else given.all_x)
+    rows = torch.zeros_like(source)
+    theirs = at.place.div(TOKENS, rounding_mode="floor") != 1
+    rows[: at.num_rows][theirs] = source[at.place[theirs]]
+    assert wrong_push(rows, case, given, at, 1) is None
+    # A row of a peer, one that stays, and one that nobody has.
+    for row in (0, int((~theirs).nonzero()[0]), at.num_rows):
+        wrong = wrong_push(flip(rows, row, 3), case, given, at, 1)
+        assert wrong == f"1 of {RANKS * TOKENS} rows differ, the first is row {row}"
+    assert wrong_push(rows, case, given, at, 0) is not None
+    assert "expected rows" in wrong_push(rows[1:], case, given, at, 1)
 
 
 @pytest.mark.parametrize("kind", ["uneven", "repeated", "masked", "all_dropped", "one_expert"])

@@ -25,12 +25,15 @@ def not_timed(row: EpRow) -> bool:
 
 @pytest.fixture(scope="module")
 def runs() -> tuple[list[dict[tuple[str, str], EpRow]], list[str]]:
-    found, told = start(run_everything, 2, small(), virtual=False, device_type="cpu")
-    return [by_name(rows) for rows in found], told
+    with_push = small(
+        "dispatch-bf16-token,dispatch-fp8-token,combine-expert", transports=("nvlink",), sms=(8, 9)
+    )
+    found, told = start(run_everything, 2, small(), with_push, virtual=False, device_type="cpu")
+    return [by_name(rows) for rows in found[:3]] + found[3:], told
 
 
 def test_every_case_is_measured(runs) -> None:
-    (good, _, _), told = runs
+    (good, *_), told = runs
     names = {case.name for case in CASES}
     without_memory = {n for n in names if not n.endswith("-buffer")}
     plain = {n for n in without_memory if not n.endswith("128")}
@@ -50,7 +53,7 @@ def test_every_case_is_measured(runs) -> None:
 
 
 def test_bytes(runs) -> None:
-    (good, _, _), _ = runs
+    (good, *_), _ = runs
     generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
     crossing, copies, received = [0, 0], [0, 0], [0, 0]
     for source, generator in enumerate(generators):
@@ -74,7 +77,7 @@ def test_bytes(runs) -> None:
 
 
 def test_wrong_results_are_failed_and_not_timed(runs) -> None:
-    (_, flipped, _), _ = runs
+    (_, flipped, *_), _ = runs
     for (by, case), row in flipped.items():
         if by == "collective" and "expert" in case:
             assert row.status == FAILED
@@ -88,7 +91,7 @@ def test_wrong_results_are_failed_and_not_timed(runs) -> None:
 
 
 def test_what_raises_is_a_row_and_the_run_goes_on(runs) -> None:
-    (_, _, raising), _ = runs
+    (_, _, raising, _), _ = runs
     for (by, case), row in raising.items():
         moves_bf16 = "bf16" in case or "combine" in case  # a combine needs a dispatch
         if by == "collective" and moves_bf16:
@@ -97,6 +100,42 @@ def test_what_raises_is_a_row_and_the_run_goes_on(runs) -> None:
         else:
             assert row.status == OK
             assert row.us_p50 > 0
+
+
+def test_plain_pushes_are_checked_and_compared_with(runs) -> None:
+    rows = {(row.case, row.transport, row.num_sms): row for row in runs[0][3]}
+    cases = ("dispatch-bf16-token", "dispatch-fp8-token", "combine-expert")
+    assert set(rows) == {
+        *((case, "nvlink", sms) for case in cases for sms in (8, 9)),
+        *((case, "push_kernel", sms) for case in ("push-bf16", "push-fp8") for sms in (8, 9)),
+    }
+    for (case, transport, sms), row in rows.items():
+        if (case, sms) == ("push-fp8", 9):
+            assert row.status == FAILED
+            assert row.reason.startswith("cached: rank 1: 1 of 12 rows differ, the first is row 0")
+            assert not_timed(row)
+            continue
+        assert row.status == OK
+        assert row.reason == ("as asked" if transport == "push_kernel" else "")
+        push = rows["push-fp8" if "fp8" in case else "push-bf16", "push_kernel", sms]
+        # The same rows cross; those that stay are not pushed.
+        if push.status == OK:
+            assert row.wire_bytes == push.wire_bytes
+        assert push.logical_bytes == push.wire_bytes
+        if transport == "push_kernel" or push.status == FAILED:
+            assert row.of_push is None
+        else:
+            assert row.of_push == pytest.approx(row.wire_gb_s / push.wire_gb_s, abs=1e-4)
+        assert row.of_peer_copy is None
+
+
+def test_a_plain_push_needs_a_gpu() -> None:
+    options = small("combine-token", transports=("nvlink",), sms=(8,))
+    rows = by_name(start(ep_run.run, 2, options, virtual=True, device_type="cpu"))
+    assert rows["push_kernel", ""].status == UNAVAILABLE
+    assert rows["push_kernel", ""].reason == (
+        "rank 0: expected --device cuda for a plain push, got cpu"
+    )
 
 
 def test_virtual_ranks() -> None:
@@ -128,6 +167,10 @@ def test_virtual_ranks_on_a_gpu() -> None:
     for row in rows:
         assert row.sm_us > 0
         assert row.gemm_slow_down is None
+        # Nothing crosses a link.
+        assert row.of_push is None
+    pushed = {(row.case, row.num_sms) for row in rows if row.transport == "push_kernel"}
+    assert pushed == {(case, sms) for case in ("push-bf16", "push-fp8") for sms in (4, 8)}
 
 
 @pytest.mark.multi_gpu
@@ -148,3 +191,10 @@ def test_two_gpus() -> None:
         assert row.overlap_speed_up > 0.5
         assert row.sm_us > 0
     assert found["nvlink", "dispatch-bf16-token"].most_sms <= 132
+    push = found["push_kernel", "push-bf16"]
+    assert push.most_sms == 8
+    assert push.graph_us_p50 is not None, push.graph_reason
+    assert push.wire_bytes == found["nvlink", "dispatch-bf16-token"].wire_bytes
+    assert found["nvlink", "dispatch-bf16-token"].of_push > 0
+    copies = found["copy_engine", "dispatch-bf16-token"]
+    assert (copies.of_peer_copy is None) == (copies.copy_gb_s is None)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from dualpipe_ext.bench.ep_picture import draw
-from dualpipe_ext.bench.ep_result import ERROR, FAILED, OK, UNAVAILABLE, EpRow, columns
+from dualpipe_ext.bench.ep_result import (
+    ERROR,
+    FAILED,
+    OK,
+    UNAVAILABLE,
+    EpRow,
+    columns,
+    set_fractions,
+)
 from dualpipe_ext.bench.ep_table import print_table
 
 COMMON = {
@@ -56,6 +64,19 @@ def rows() -> list[EpRow]:
     return many
 
 
+def rows_with_limits() -> list[EpRow]:
+    """With plain pushes, all of them faster than what is measured against them."""
+    limits = [row("push-bf16", "push_kernel", sms, 190.0 + 300 / sms) for sms in (8, 24)]
+    limits += [row("push-fp8", "push_kernel", 24, 100.0, reason="fastest with 8 warps")]
+    many = [*rows(), *limits, row("dispatch-fp8-token", "nvlink", 24, 125.0)]
+    (plain_copy,) = [one for one in many if one.case == "peer-copy"]
+    (copies,) = [one for one in many if one.transport == "copy_engine"]
+    copies.copy_gb_s = 0.96 * plain_copy.wire_gb_s
+    pushes = ("dispatch-bf16-token", "combine-token")
+    set_fractions(many, dict.fromkeys(pushes, "push-bf16") | {"dispatch-fp8-token": "push-fp8"})
+    return many
+
+
 def lines_of(text: str, word: str) -> list[str]:
     return [line for line in text.splitlines() if word in line]
 
@@ -72,6 +93,40 @@ def test_figures_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
         *("2.50 (0.00)", "1.05x", "1.82x"),
     ]
     assert "│ dispatch-bf16-token │ nvlink 8 SMs " in out
+
+
+def test_fractions_of_plain_pushes_and_copies(capsys: pytest.CaptureFixture[str]) -> None:
+    many = rows_with_limits()
+    found = {(one.case, one.transport, one.num_sms): one for one in many}
+    for case in ("dispatch-bf16-token", "combine-token"):
+        for sms in (8, 24):
+            one, push = found[case, "nvlink", sms], found["push-bf16", "push_kernel", sms]
+            assert one.of_push == pytest.approx(push.us_p50 / one.us_p50, rel=2e-3)
+        # Nothing was pushed with 16 SMs.
+        assert found[case, "nvlink", 16].of_push is None
+    assert found["dispatch-fp8-token", "nvlink", 24].of_push == pytest.approx(0.8, abs=1e-3)
+    (copies,) = [one for one in many if one.of_peer_copy is not None]
+    assert (copies.transport, copies.of_push) == ("copy_engine", None)
+    assert copies.of_peer_copy == pytest.approx(0.96)
+    assert all(one.of_push is None for one in many if one.transport != "nvlink")
+    print_table(many, "NVIDIA H200")
+    out = capsys.readouterr().out
+    (line,) = lines_of(out, "│ dispatch-fp8-token ")
+    assert "80.0%" in line
+    (line,) = lines_of(out, "│ copy_engine ")
+    assert "96.0%" in line
+    assert "note: push-fp8, push_kernel 24 SMs: fastest with 8 warps" in out
+
+
+def test_what_failed_is_compared_with_nothing() -> None:
+    many = [
+        row("push-bf16", "push_kernel", 8, None, status=FAILED),
+        row("combine-token", "nvlink", 8, 100.0),
+        row("peer-copy", "copy_", None, None, status=UNAVAILABLE),
+        row("combine-token", "copy_engine", None, 100.0, copy_gb_s=300.0),
+    ]
+    set_fractions(many, {"combine-token": "push-bf16"})
+    assert all(one.of_push is one.of_peer_copy is None for one in many)
 
 
 def test_what_went_wrong_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +175,22 @@ def test_a_picture_of_everything(tmp_path: Path) -> None:
         "2 x NVIDIA H200",
     ):
         assert f"<!-- {label}" in text
+    assert "<!-- plain push" not in text
     # It was wrong: nobody draws it.
     assert "<!-- combine-token, nccl-per-rank" not in text
     draw(rows(), tmp_path / "ep.png", "NVIDIA H200")
     assert (tmp_path / "ep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_with_plain_pushes(tmp_path: Path) -> None:
+    draw(rows_with_limits(), tmp_path / "ep.svg", "NVIDIA H200")
+    text = (tmp_path / "ep.svg").read_text()
+    assert "<!-- plain push-bf16 " in text
+    assert "<!-- plain push-fp8 " in text
+    # Alone, they are drawn as limits of nothing, not as cases.
+    alone = [one for one in rows_with_limits() if one.transport == "push_kernel"]
+    draw(alone, tmp_path / "alone.svg", "NVIDIA H200")
+    assert "push-bf16, push_kernel" not in (tmp_path / "alone.svg").read_text()
 
 
 def test_a_picture_of_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 // Stands for the kernels and the CUDA runtime behind the bindings in csrc/api: launches write down
-// what they are given and do nothing, a route answers that it sends every token everywhere. With it
+// what they are given and do nothing, but a route answers that it sends every token everywhere, and
+// a plain push copies the rows of ranks that are all in this process. With it
 // the bindings are a Python module that runs without a GPU: for tests of what kernels are given,
 // and for measuring what a call costs the host.
 #include <cuda_runtime_api.h>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "api/driver.h"
+#include "bench/push.h"
 #include "comm/barrier.h"
 #include "ep/combine.h"
 #include "ep/copy_engine.h"
@@ -160,6 +162,20 @@ py::dict describe_combine(const Launch& launch) {
   return d;
 }
 
+py::dict describe_push(const Launch& launch) {
+  const auto args = args_of<dualpipe::PushArgs>(launch);
+  py::dict d;
+  d["kernel"] = launch.kernel;
+  d["stream"] = launch.stream;
+  d["rank"] = args.rank;
+  d["num_tokens"] = args.num_tokens;
+  d["ctas"] = args.ctas;
+  d["warps"] = args.warps;
+  d["stages"] = args.stages;
+  d["piece_bytes"] = args.piece_bytes;
+  return d;
+}
+
 py::list take_launches() {
   py::list found;
   for (const Launch& launch : launches) {
@@ -169,6 +185,8 @@ py::list take_launches() {
       found.append(describe_dispatch(launch));
     } else if (launch.kernel.rfind("combine", 0) == 0) {
       found.append(describe_combine(launch));
+    } else if (launch.kernel == "push") {
+      found.append(describe_push(launch));
     }
   }
   launches.clear();
@@ -214,6 +232,19 @@ cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
 cudaError_t carry_combine(const CopyLanes&, CombineArgs args, const std::vector<CopyCall>&,
                           const CopyShape&, bool, cudaStream_t stream) {
   return noted("combine", args, stream);
+}
+
+cudaError_t launch_push(const PushArgs& args, cudaStream_t stream) {
+  const uint64_t pitch = args.layout.row_pitch;
+  for (uint64_t token = 0; token < args.num_tokens; ++token) {
+    for (uint32_t to = 0; to < args.peers.num_ranks; ++to) {
+      const int32_t slot = args.slots[token * args.peers.num_ranks + to];
+      if (to == args.rank || slot < 0) continue;
+      std::memcpy(args.layout.rows.in(args.peers.base[to]) + slot * pitch, args.x + token * pitch,
+                  args.layout.row_bytes);
+    }
+  }
+  return noted("push", args, stream);
 }
 
 AddressRange address_range(uint64_t) { return {}; }

@@ -75,7 +75,7 @@ def command(
     sms: Annotated[
         str | None,
         typer.Option(
-            help=f"SM counts for nvlink. [default: {_SMS}; quick: {_QUICK_SMS}]",
+            help=f"SM counts for nvlink and a plain push. [default: {_SMS}; quick: {_QUICK_SMS}]",
             rich_help_panel=WHAT,
             show_default=False,
         ),
@@ -115,9 +115,10 @@ def command(
     output: Annotated[Path | None, output_option("ep")] = None,
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Time expert-parallel dispatch and combine, checked first, against NCCL and plain copies.
+    """Time expert-parallel dispatch and combine, checked first, against NCCL and what links give.
 
-    A time is that of whole calls as a user makes them: many in a row between two CUDA events, the
+    What links give: a plain push of the same rows with as many SMs, and plain copies. A time is
+    that of whole calls as a user makes them: many in a row between two CUDA events, the
     median of several rounds, of the slowest rank. Exit code 1: a result was wrong, or nothing could
     be measured. Under torchrun: its processes, on all its hosts.
     """

@@ -61,7 +61,7 @@ def test_table_rows_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     given = " ".join([*args, "--no-gemm"])
     assert all(sorted(r["command"].split()[3:]) == sorted(given.split()) for r in rows)
     missing = {row["transport"]: row["reason"] for row in rows if row["status"] == "unavailable"}
-    assert set(missing) == {"nvlink", "nccl-per-expert", "nccl-per-rank"}
+    assert set(missing) == {"nvlink", "push_kernel", "nccl-per-expert", "nccl-per-rank"}
     assert "expected --device cuda for nccl, got cpu" in missing["nccl-per-rank"]
     assert "nvlink" in missing["nvlink"]
 
