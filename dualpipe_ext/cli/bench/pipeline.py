@@ -132,6 +132,13 @@ class Arguments:
     step_transport: Annotated[
         str, typer.Option(help="Steps: how tokens travel.", rich_help_panel=RANKS)
     ] = "auto"
+    stage_transport: Annotated[
+        str,
+        typer.Option(
+            help="Steps: how tensors travel from stage to stage: auto, copy_engine or collective.",
+            rich_help_panel=RANKS,
+        ),
+    ] = "auto"
     num_chunks: Annotated[
         int | None,
         typer.Option(
@@ -224,6 +231,7 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
         step_experts=given.step_experts,
         step_layers=given.step_layers,
         step_transport=given.step_transport,
+        stage_transport=given.stage_transport,
         num_chunks=num_chunks,
         rounds=given.rounds,
         calls=given.calls,
