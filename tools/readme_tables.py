@@ -239,8 +239,13 @@ def steps() -> str:
     shape = ("pp", "ep", "layers", "tokens", "hidden", "experts", "part", "schedule")
     rows = rows_of("pipeline", shape)
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
+
+    def schedule(row: Row) -> str:
+        sent = f", sends by {row['stage_transport']}" if row["stage_transport"] else ""
+        return f"{row['schedule']}{sent}"
+
     columns = {
-        "schedule": lambda row: row["schedule"],
+        "schedule": schedule,
         "ms a step": number("step_ms_p50"),
         "tokens/s": number("tokens_per_s", ",.0f"),
         "MFU": percent("mfu"),

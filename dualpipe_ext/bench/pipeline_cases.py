@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dualpipe_ext.models import ModelConfig
+from dualpipe_ext.pipeline.connections import TRANSPORTS
 from dualpipe_ext.pipeline.plan import KINDS, build_plan
 from dualpipe_ext.sms import DEFAULT_MEANS, MEANS
 
@@ -41,7 +42,8 @@ class PipelineOptions:
         ep: expert-parallel ranks of the steps; the others are pipeline ranks.
         step_experts: experts of a layer in the steps, whose ranks hold more of each layer.
         step_layers: layers per rank in the steps.
-        step_transport: of the steps.
+        step_transport: of the steps' tokens.
+        stage_transport: how the steps' tensors travel from stage to stage, as in ``Pipeline``.
         num_chunks: micro-batches of a step.
         rounds, calls: numbers per measurement, and calls in a row behind one (pairs only).
         peak_tflops: what MFU is a share of, per GPU.
@@ -65,6 +67,7 @@ class PipelineOptions:
     rounds: int
     calls: int
     sm_means: tuple[str, ...] = (DEFAULT_MEANS,)
+    stage_transport: str = "auto"
     peak_tflops: float = PEAK_TFLOPS
     picture: Path | None = None
 
@@ -101,6 +104,11 @@ class PipelineOptions:
         return self
 
     def _check_steps(self, num_ranks: int) -> None:
+        if self.stage_transport not in TRANSPORTS:
+            raise ValueError(
+                f"expected --stage-transport of {', '.join(TRANSPORTS)}, "
+                f"got {self.stage_transport!r}"
+            )
         if num_ranks % self.ep:
             raise ValueError(f"expected --ep to divide {num_ranks} ranks, got {self.ep}")
         if self.step_experts % self.ep:
@@ -208,6 +216,9 @@ class PipelineRow:
     # Steps.
     schedule: str | None = None
     num_chunks: int | None = None
+    stage_transport: str | None = None
+    """How tensors travel from stage to stage: what was used; "auto" if it did not come to that.
+    None where nothing travels, on one pipeline rank."""
     step_ms_p20: float | None = None
     step_ms_p50: float | None = None
     step_ms_p80: float | None = None
@@ -228,7 +239,8 @@ class PipelineRow:
     fb_ms: float | None = None
     """An overlapped pair."""
     send_ms: float | None = None
-    """A micro-batch's activations to the next rank, alone."""
+    """A micro-batch's activations to the next rank, alone, by the process group whatever
+    ``stage_transport`` is."""
 
     def set_times(self, name: str, values: dict[str, float]) -> None:
         """Store p20, p50 and p80 of ``serial_ms``, ``pair_ms`` or ``step_ms``."""

@@ -242,6 +242,7 @@ def _step_row(
         transport=options.step_transport,
         schedule=kind,
         num_chunks=options.num_chunks,
+        stage_transport=None if mesh.pp == 1 else options.stage_transport,
         status=status,
         reason=reason,
     )

@@ -99,7 +99,12 @@ class StepBench:
             for virtual in self.plan.stages_of(mesh.pp_rank)
         ]
         self._pipeline = Pipeline(
-            kind, self._stages, mesh.pp_group, record=True, timeout_s=MEETING_TIMEOUT_S
+            kind,
+            self._stages,
+            mesh.pp_group,
+            transport=options.stage_transport,
+            record=True,
+            timeout_s=MEETING_TIMEOUT_S,
         )
         self._inputs, self._labels = self._batch(0), self._batch(1)
 
@@ -188,6 +193,7 @@ class StepBench:
             transport=self._transport,
             schedule=self.plan.kind,
             num_chunks=options.num_chunks,
+            stage_transport=None if mesh.pp == 1 else self._pipeline.transport,
         )
         row.set_times("step_ms", percentiles(times))
         flops = tokens * step_flops_per_token(self._model, options.seq_len)

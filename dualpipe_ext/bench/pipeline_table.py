@@ -32,7 +32,11 @@ def print_rows(rows: Sequence[Row]) -> None:
         _print(console, f"A forward and a backward, ms{told}", _PAIR, rows_of)
     if any(row["part"] == "pair" for row in good):
         console.print(_LEGEND, style="dim")
-    _print(console, "Steps", _STEP, [r for r in good if r["part"] == "step"])
+    steps = [row for row in good if row["part"] == "step"]
+    for transport in dict.fromkeys(row["stage_transport"] for row in steps):
+        sent = "" if transport is None else f", from stage to stage by {transport}"
+        rows_of = [row for row in steps if row["stage_transport"] == transport]
+        _print(console, f"Steps{sent}", _STEP, rows_of)
     for row in rows:
         if row["reason"]:
             status = "note" if row["status"] == OK else row["status"]

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualpipe_ext.cli.arguments import given_or, takes
 from dualpipe_ext.files import check_picture, check_target, replacing
 
 if TYPE_CHECKING:
@@ -29,24 +30,27 @@ _POLICIES = ("reference", "balanced")  # as the planner names them; --help must 
 _INPUT, _MODEL, _COST, _OUTPUT = "Loads", "What to plan for", "Cost", "Output"
 
 
-def command(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What the command line says."""
+
     loads: Annotated[
         Path | None,
         typer.Argument(
             help="Loads [layers x experts]: .json, .csv, .npy or .pt. [default: synthetic ones]",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     synthetic: Annotated[
         str,
         typer.Option(help="lognormal, zipf, uniform or drifting.", rich_help_panel=_INPUT),
-    ] = "lognormal",
+    ] = "lognormal"
     spread: Annotated[
         float, typer.Option(help="Sigma, or the power of zipf.", rich_help_panel=_INPUT)
-    ] = 1.0,
-    layers: Annotated[int, typer.Option(help="Synthetic layers.", rich_help_panel=_INPUT)] = 58,
-    experts: Annotated[int, typer.Option(help="Synthetic experts.", rich_help_panel=_INPUT)] = 256,
-    seed: Annotated[int, typer.Option(help="Of synthetic loads.", rich_help_panel=_INPUT)] = 0,
+    ] = 1.0
+    layers: Annotated[int, typer.Option(help="Synthetic layers.", rich_help_panel=_INPUT)] = 58
+    experts: Annotated[int, typer.Option(help="Synthetic experts.", rich_help_panel=_INPUT)] = 256
+    seed: Annotated[int, typer.Option(help="Of synthetic loads.", rich_help_panel=_INPUT)] = 0
     slots: Annotated[
         int | None,
         typer.Option(
@@ -54,19 +58,19 @@ def command(
             rich_help_panel=_MODEL,
             show_default=False,
         ),
-    ] = None,
-    gpus: Annotated[int, typer.Option(help="GPUs.", rich_help_panel=_MODEL)] = 32,
-    nodes: Annotated[int, typer.Option(help="Hosts.", rich_help_panel=_MODEL)] = 1,
+    ] = None
+    gpus: Annotated[int, typer.Option(help="GPUs.", rich_help_panel=_MODEL)] = 32
+    nodes: Annotated[int, typer.Option(help="Hosts.", rich_help_panel=_MODEL)] = 1
     groups: Annotated[
         int,
         typer.Option(
             help="Groups of experts; where hosts divide them, each stays whole on one.",
             rich_help_panel=_MODEL,
         ),
-    ] = 1,
-    policy: Annotated[
-        str, typer.Option(help="balanced or reference.", rich_help_panel=_MODEL)
-    ] = "balanced",
+    ] = 1
+    policy: Annotated[str, typer.Option(help="balanced or reference.", rich_help_panel=_MODEL)] = (
+        "balanced"
+    )
     current: Annotated[
         Path | None,
         typer.Option(
@@ -74,75 +78,82 @@ def command(
             rich_help_panel=_COST,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     tolerance: Annotated[
         float,
         typer.Option(help="Balancedness to give up to move less.", rich_help_panel=_COST),
-    ] = 0.02,
+    ] = 0.02
     expert_mib: Annotated[
         float,
         typer.Option(
             help="MiB that move with an expert: weights and optimizer state.", rich_help_panel=_COST
         ),
-    ] = 84.0,
+    ] = 84.0
     gb_per_s: Annotated[
         float, typer.Option(help="GB/s that a GPU receives.", rich_help_panel=_COST)
-    ] = 300.0,
+    ] = 300.0
     compare: Annotated[
         bool, typer.Option("--compare", help="Show all policies.", rich_help_panel=_OUTPUT)
-    ] = False,
+    ] = False
     out: Annotated[
         Path | None,
         typer.Option(help="Write the maps into this .json or .pt.", rich_help_panel=_OUTPUT),
-    ] = None,
+    ] = None
     picture: Annotated[
         Path | None,
         typer.Option(
             help="Draw the load of every GPU before and after, as .svg, .png or .pdf.",
             rich_help_panel=_OUTPUT,
         ),
-    ] = None,
-) -> None:
+    ] = None
+
+
+@takes(Arguments)
+def command(given: Arguments) -> None:
     """Plan where experts live: its balance before and after, against the bound, and its cost."""
-    if picture is not None:
-        check_target(picture)
-        check_picture(picture)
-    if out is not None:
-        check_target(out)
-        if out.suffix.lower() not in _MAP_SUFFIXES:
-            raise ValueError(f"expected --out ending in {', '.join(_MAP_SUFFIXES)}, got {out}")
-    for name, value in (("--expert-mib", expert_mib), ("--gb-per-s", gb_per_s)):
+    if given.picture is not None:
+        check_target(given.picture)
+        check_picture(given.picture)
+    if given.out is not None:
+        check_target(given.out)
+        if given.out.suffix.lower() not in _MAP_SUFFIXES:
+            raise ValueError(
+                f"expected --out ending in {', '.join(_MAP_SUFFIXES)}, got {given.out}"
+            )
+    for name, value in (("--expert-mib", given.expert_mib), ("--gb-per-s", given.gb_per_s)):
         if not 0 < value < 1e12:
             raise ValueError(f"expected {name} to be positive, got {value}")
-    if policy not in _POLICIES:
-        raise ValueError(f"expected --policy of {', '.join(_POLICIES)}, got {policy!r}")
-    before, now = _loads(loads, synthetic, layers, experts, seed, spread)
-    request = _Request(
-        num_slots=_default_slots(now.shape[1], gpus, nodes) if slots is None else slots,
-        num_gpus=gpus,
-        num_groups=groups,
-        num_nodes=nodes,
+    if given.policy not in _POLICIES:
+        raise ValueError(f"expected --policy of {', '.join(_POLICIES)}, got {given.policy!r}")
+    before, now = _loads(
+        given.loads, given.synthetic, given.layers, given.experts, given.seed, given.spread
     )
-    placement = _current(current, before, now, request)
-    wanted = [request.variant(policy, tolerance)]
+    request = _Request(
+        num_slots=given_or(given.slots, _default_slots(now.shape[1], given.gpus, given.nodes)),
+        num_gpus=given.gpus,
+        num_groups=given.groups,
+        num_nodes=given.nodes,
+    )
+    placement = _current(given.current, before, now, request)
+    wanted = [request.variant(given.policy, given.tolerance)]
     chosen = wanted[0][0]
-    if compare:
+    if given.compare:
         wanted = [
             request.variant("reference", 0.0),
-            *(request.variant("balanced", value) for value in sorted({tolerance, 0.0})),
+            *(request.variant("balanced", value) for value in sorted({given.tolerance, 0.0})),
         ]
     results = {name: request.plan(now, *how, placement) for name, how in wanted}
     plan = results[chosen][0]
-    cost = _Cost(expert_bytes=round(expert_mib * 2**20), bytes_per_s=gb_per_s * 1e9)
-    source = str(loads) if loads is not None else f"{synthetic} loads, seed {seed}"
+    cost = _Cost(expert_bytes=round(given.expert_mib * 2**20), bytes_per_s=given.gb_per_s * 1e9)
+    source = str(given_or(given.loads, f"{given.synthetic} loads, seed {given.seed}"))
     console = Console(soft_wrap=True, highlight=False)
     _print(console, source, now, request, results, cost)
-    if out is not None:
-        _write_maps(plan.placement, out)
-        console.print(f"Wrote {out}")
-    if picture is not None:
-        _draw(picture, source, now, placement, plan, request)
-        console.print(f"Wrote {picture}")
+    if given.out is not None:
+        _write_maps(plan.placement, given.out)
+        console.print(f"Wrote {given.out}")
+    if given.picture is not None:
+        _draw(given.picture, source, now, placement, plan, request)
+        console.print(f"Wrote {given.picture}")
 
 
 @dataclass(frozen=True, slots=True)

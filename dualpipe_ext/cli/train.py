@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,56 +14,61 @@ import typer
 from rich.console import Console
 
 from dualpipe_ext import env
+from dualpipe_ext.cli.arguments import given_or, takes
 
 if TYPE_CHECKING:
+    from dualpipe_ext.models import ModelConfig
     from dualpipe_ext.training import RunOptions, TrainConfig
 
 _MODEL, _RUN, _PARALLEL = "Model", "Run", "Parallelism"
 
 
-def command(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_RUN)] = 300,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What the command line says."""
+
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_RUN)] = 300
     data: Annotated[
         Path | None,
         typer.Option(
             help="Training text; by default the standard library's source.", rich_help_panel=_RUN
         ),
-    ] = None,
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the run; by default runs/<time>.", rich_help_panel=_RUN),
-    ] = None,
+    ] = None
     resume: Annotated[
         Path | None,
         typer.Option(help="Checkpoint, or a run's folder, to go on from.", rich_help_panel=_RUN),
-    ] = None,
+    ] = None
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints; 0: the end only.", rich_help_panel=_RUN)
-    ] = 0,
+    ] = 0
     compare_unbalanced: Annotated[
         bool,
         typer.Option(
             help="Then take some steps without replicas and re-placement; show both step times.",
             rich_help_panel=_RUN,
         ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything.", rich_help_panel=_RUN)] = 0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = 3e-3,
+    ] = False
+    seed: Annotated[int, typer.Option(help="Seed of everything.", rich_help_panel=_RUN)] = 0
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = 3e-3
     batch: Annotated[
         int | None, typer.Option(help="Sequences per step over all ranks.", rich_help_panel=_RUN)
-    ] = None,
+    ] = None
     seq_len: Annotated[
         int | None,
         typer.Option(
             help="Tokens per sequence; by default 128, on GPUs 1024.", rich_help_panel=_RUN
         ),
-    ] = None,
+    ] = None
     dtype: Annotated[
         str | None,
         typer.Option(
             help="float32, bfloat16 or float64; by default bfloat16 on GPUs.", rich_help_panel=_RUN
         ),
-    ] = None,
+    ] = None
     memory_level: Annotated[
         int,
         typer.Option(
@@ -71,47 +76,47 @@ def command(
             "2 also rows of experts in FP8, 3 also SwiGLU's inputs in FP8.",
             rich_help_panel=_RUN,
         ),
-    ] = 1,
+    ] = 1
     ema: Annotated[
         float | None,
         typer.Option(
             help="Decay of an average of the parameters on the CPU, as 0.999.",
             rich_help_panel=_RUN,
         ),
-    ] = None,
+    ] = None
     ema_dtype: Annotated[
         str, typer.Option(help="Of that average: float32 or bfloat16.", rich_help_panel=_RUN)
-    ] = "float32",
+    ] = "float32"
     schedule: Annotated[
         str,
         typer.Option(help="dualpipe, dualpipev, 1f1b, zb1p or zbv.", rich_help_panel=_PARALLEL),
-    ] = "dualpipev",
-    pp: Annotated[
-        int | None, typer.Option(help="Pipeline ranks.", rich_help_panel=_PARALLEL)
-    ] = None,
+    ] = "dualpipev"
+    pp: Annotated[int | None, typer.Option(help="Pipeline ranks.", rich_help_panel=_PARALLEL)] = (
+        None
+    )
     ep: Annotated[
         int | None, typer.Option(help="Expert-parallel ranks.", rich_help_panel=_PARALLEL)
-    ] = None,
+    ] = None
     chunks: Annotated[
         int | None, typer.Option(help="Micro-batches per step.", rich_help_panel=_PARALLEL)
-    ] = None,
+    ] = None
     transport: Annotated[
         str, typer.Option(help="How tokens reach their experts.", rich_help_panel=_PARALLEL)
-    ] = "auto",
+    ] = "auto"
     stage_transport: Annotated[
         str,
         typer.Option(
             help="How tensors travel from stage to stage: auto, copy_engine or collective.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = "auto",
+    ] = "auto"
     comm_sms: Annotated[
         str,
         typer.Option(
             help="SMs that carry tokens; 0: the copy engines; auto: found on the first steps.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = "auto",
+    ] = "auto"
     sm_means: Annotated[
         str | None,
         typer.Option(
@@ -119,14 +124,14 @@ def command(
             "green_context.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = None,
+    ] = None
     redundant_experts: Annotated[
         int | None,
         typer.Option(
             help="Slots for replicas of loaded experts; by default 2 per expert-parallel rank.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = None,
+    ] = None
     rebalance_every: Annotated[
         int,
         typer.Option(
@@ -134,35 +139,35 @@ def command(
             "pays; 0: never.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = 50,
+    ] = 50
     spare_mib: Annotated[
         int,
         typer.Option(
             help="Memory for experts on their way, in MiB; at least one layer goes at a time.",
             rich_help_panel=_PARALLEL,
         ),
-    ] = 256,
+    ] = 256
     timeout_s: Annotated[
         float,
         typer.Option(help="Longest wait for another rank, in seconds.", rich_help_panel=_PARALLEL),
-    ] = 120.0,
+    ] = 120.0
     model: Annotated[
         str | None,
         typer.Option(
             help="Preset, tiny or small; by default small on GPUs.", rich_help_panel=_MODEL
         ),
-    ] = None,
-    hidden: Annotated[int | None, typer.Option(help="Width.", rich_help_panel=_MODEL)] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers.", rich_help_panel=_MODEL)] = None,
+    ] = None
+    hidden: Annotated[int | None, typer.Option(help="Width.", rich_help_panel=_MODEL)] = None
+    layers: Annotated[int | None, typer.Option(help="Layers.", rich_help_panel=_MODEL)] = None
     experts: Annotated[
         int | None, typer.Option(help="Routed experts per layer.", rich_help_panel=_MODEL)
-    ] = None,
+    ] = None
     top_k: Annotated[
         int | None, typer.Option(help="Experts per token.", rich_help_panel=_MODEL)
-    ] = None,
+    ] = None
     expert_hidden: Annotated[
         int | None, typer.Option(help="Inner width of an expert.", rich_help_panel=_MODEL)
-    ] = None,
+    ] = None
     fp8_experts: Annotated[
         bool,
         typer.Option(
@@ -170,72 +175,88 @@ def command(
             help="Multiply in FP8 in the experts; width and inner width are multiples of 128.",
             rich_help_panel=_MODEL,
         ),
-    ] = False,
-) -> None:
+    ] = False
+
+
+@takes(Arguments)
+def command(given: Arguments) -> None:
     """Train a Mixture-of-Experts language model under DualPipe with expert parallelism.
 
     On a machine without GPUs: 4 processes, 2 pipeline x 2 expert-parallel ranks. On GPUs: one
     process each, all of them. Under torchrun: the processes it started, on all its hosts.
     """
     # Here, not at the top: --help must not wait for torch.
-    from dualpipe_ext.models import PRESETS
-    from dualpipe_ext.sms import DEFAULT_MEANS
-    from dualpipe_ext.training import RunOptions, TrainConfig
+    from dualpipe_ext.training import RunOptions
     from dualpipe_ext.training.compare import unbalanced
 
-    on_gpus, num_ranks = _machine()
-    pp, ep = _grid(pp, ep, on_gpus=on_gpus, num_ranks=num_ranks)
-    preset = ("small" if on_gpus else "tiny") if model is None else model
-    if preset not in PRESETS:
-        raise ValueError(f"expected --model of {', '.join(PRESETS)}, got {preset!r}")
-    chunks = max(4, 2 * pp) if chunks is None else chunks
-    config = TrainConfig(
-        model=PRESETS[preset].with_overrides(
-            hidden=hidden,
-            num_layers=layers,
-            num_experts=experts,
-            top_k=top_k,
-            expert_hidden=expert_hidden,
-            fp8_experts=fp8_experts,
-            memory_level=memory_level,
-        ),
-        schedule=schedule.lower(),
-        pp=pp,
-        ep=ep,
-        num_chunks=chunks,
-        batch=2 * chunks * ep if batch is None else batch,
-        seq_len=(1024 if on_gpus else 128) if seq_len is None else seq_len,
-        steps=steps,
-        lr=lr,
-        warmup=min(20, steps // 4),
-        redundant_experts=2 * ep if redundant_experts is None else redundant_experts,
-        rebalance_every=rebalance_every,
-        spare_bytes=spare_mib << 20,
-        transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
-        stage_transport=stage_transport,
-        comm_sms=_comm_sms(comm_sms, on_gpus=on_gpus),
-        sm_means=DEFAULT_MEANS if sm_means is None else sm_means,
-        dtype=("bfloat16" if on_gpus else "float32") if dtype is None else dtype,
-        ema=ema,
-        ema_dtype=ema_dtype,
-        seed=seed,
-        timeout_s=timeout_s,
-    )
-    if compare_unbalanced:
+    config = _config(given)
+    if given.compare_unbalanced:
         unbalanced(config)  # raises here rather than at the end of the run
-    _check_data(data, config.seq_len)
-    resume = None if resume is None else _checked_checkpoint(resume, config)
+    _check_data(given.data, config.seq_len)
+    resume = None if given.resume is None else _checked_checkpoint(given.resume, config)
     options = RunOptions(
-        out=_checked_out(out, resume),
-        data=data,
+        out=_checked_out(given.out, resume),
+        data=given.data,
         resume=resume,
-        save_every=save_every,
-        compare_unbalanced=compare_unbalanced,
+        save_every=given.save_every,
+        compare_unbalanced=given.compare_unbalanced,
     )
     # The last check, so that whatever is wrong leaves nothing behind.
     if os.environ.get("RANK", "0") == "0":
         _make_folder(options.out)
     _start(config, options)
+
+
+def _config(given: Arguments) -> TrainConfig:
+    """What is to be trained. What was not given depends on the machine."""
+    from dualpipe_ext.sms import DEFAULT_MEANS
+    from dualpipe_ext.training import TrainConfig
+
+    on_gpus, num_ranks = _machine()
+    pp, ep = _grid(given.pp, given.ep, on_gpus=on_gpus, num_ranks=num_ranks)
+    chunks = given_or(given.chunks, max(4, 2 * pp))
+    transport = given.transport
+    return TrainConfig(
+        model=_model(given, on_gpus=on_gpus),
+        schedule=given.schedule.lower(),
+        pp=pp,
+        ep=ep,
+        num_chunks=chunks,
+        batch=given_or(given.batch, 2 * chunks * ep),
+        seq_len=given_or(given.seq_len, 1024 if on_gpus else 128),
+        steps=given.steps,
+        lr=given.lr,
+        warmup=min(20, given.steps // 4),
+        redundant_experts=given_or(given.redundant_experts, 2 * ep),
+        rebalance_every=given.rebalance_every,
+        spare_bytes=given.spare_mib << 20,
+        transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
+        stage_transport=given.stage_transport,
+        comm_sms=_comm_sms(given.comm_sms, on_gpus=on_gpus),
+        sm_means=given_or(given.sm_means, DEFAULT_MEANS),
+        dtype=given_or(given.dtype, "bfloat16" if on_gpus else "float32"),
+        ema=given.ema,
+        ema_dtype=given.ema_dtype,
+        seed=given.seed,
+        timeout_s=given.timeout_s,
+    )
+
+
+def _model(given: Arguments, *, on_gpus: bool) -> ModelConfig:
+    from dualpipe_ext.models import PRESETS
+
+    preset = given_or(given.model, "small" if on_gpus else "tiny")
+    if preset not in PRESETS:
+        raise ValueError(f"expected --model of {', '.join(PRESETS)}, got {preset!r}")
+    return PRESETS[preset].with_overrides(
+        hidden=given.hidden,
+        num_layers=given.layers,
+        num_experts=given.experts,
+        top_k=given.top_k,
+        expert_hidden=given.expert_hidden,
+        fp8_experts=given.fp8_experts,
+        memory_level=given.memory_level,
+    )
 
 
 def _comm_sms(text: str, *, on_gpus: bool) -> int | str:

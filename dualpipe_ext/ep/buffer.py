@@ -253,9 +253,10 @@ class Buffer:
             return _received(handle, outputs, Event()), handle
         own = ops.resolved(handle)
         call = autograd.DispatchCall(self._transport, own, fp8, pow2_scales, scales)
-        with self._comm_stream.run(async_op, x, scales, topk_weights):
+        with self._comm_stream.run(async_op, x):
             outputs = autograd.dispatch(x, topk_weights, call)
-        event = self._comm_stream.event(async_op, outputs, own)
+        inputs = x, scales, topk_weights
+        event = self._comm_stream.event(async_op, own, inputs=inputs, outputs=outputs)
         return _received(handle, outputs, event), handle
 
     def combine(
@@ -296,9 +297,10 @@ class Buffer:
         if torch.compiler.is_compiling():
             return ops.combine(rows, weights, bias, handle), Event()
         own = ops.resolved(handle)
-        with self._comm_stream.run(async_op, rows, weights, bias):
+        with self._comm_stream.run(async_op, rows):
             y = autograd.combine(rows, weights, bias, transport, own)
-        return y, self._comm_stream.event(async_op, (y,), own)
+        inputs = rows, weights, bias
+        return y, self._comm_stream.event(async_op, own, inputs=inputs, outputs=(y,))
 
     def _route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
         if torch.compiler.is_compiling():

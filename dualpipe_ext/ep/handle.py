@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ class Handle(_WeaklyReferable):
 
     Not a tensor, never changed, valid as long as it is referenced: any number of handles can be
     alive, and each can serve any number of combines and cached dispatches in any order, as long as
-    every rank makes the same calls in the same order. Transports extend it with their own state.
+    every rank makes the same calls in the same order. Transports extend it with their own state. On
+    CUDA its memory belongs to the stream of the dispatch: while another stream still uses it (but
+    for the side stream of ``async_op``), it must be referenced, as any tensor.
     """
 
     owner: object = field(repr=False)
@@ -65,6 +68,19 @@ class Handle(_WeaklyReferable):
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", next(_keys))
         _handles[self.key] = self
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds, those of its parts included."""
+        return _tensors_of(self)
+
+
+def _tensors_of(holder: Any) -> Iterator[Tensor]:
+    for part in fields(holder):
+        value = getattr(holder, part.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors_of(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,7 +16,7 @@ on has waited for its last use (``stream_memory.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -208,6 +208,7 @@ class ChunkGraph:
         store: takes the weight gradients of backwards that defer them, under ``(key, phase)``.
         key: names the chunk in ``store``.
         stubs: keep the way back from the outputs as tensors (see :func:`cut.gradient_root`).
+        stage: tells stages apart whose phases have the same names.
     """
 
     def __init__(
@@ -220,8 +221,10 @@ class ChunkGraph:
         store: WeightGradStore,
         key: Any,
         stubs: bool = False,
+        stage: Hashable = None,
     ) -> None:
         self.phases = tuple(phases)
+        self.stage = stage
         self.launcher = launcher
         self._store = store
         self._key = key
@@ -380,7 +383,10 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
     """
     launcher = forward.launcher
     order, sample = launcher.orders.begin(
-        forward.phases, backward.phases, may_time=launcher.can_time() and backward.weights_in_parts
+        forward.phases,
+        backward.phases,
+        may_time=launcher.can_time() and backward.weights_in_parts,
+        stages=(forward.stage, backward.stage),
     )
     with launcher.paired():
         for launch in order:

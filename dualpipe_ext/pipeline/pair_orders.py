@@ -52,7 +52,13 @@ class Sample:
 
 
 class PairOrders:
-    """Launch orders by kind of pair: the names and streams of the phases of both sides."""
+    """Launch orders by kind of pair: the stages of both sides, and the names and streams of their
+    phases.
+
+    Names alone do not tell how long phases take: all layers have the same ones, but a stage may
+    have an embedding in its first phase, or other layers than the next. A rank has two stages at
+    most, so there are few kinds.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
@@ -62,7 +68,12 @@ class PairOrders:
         self._kinds.clear()
 
     def begin(
-        self, forward: Sequence[Phase], backward: Sequence[Phase], *, may_time: bool
+        self,
+        forward: Sequence[Phase],
+        backward: Sequence[Phase],
+        *,
+        may_time: bool,
+        stages: tuple[Hashable, Hashable] = (None, None),
     ) -> tuple[Sequence[Launch], Sample | None]:
         """The order of the next pair of these phases, and what to note its times in, if anything.
 
@@ -70,8 +81,10 @@ class PairOrders:
             forward: as in :func:`interleave`.
             backward: as in :func:`interleave`.
             may_time: whether this pair could be timed. Orders come from times only.
+            stages: that the two are of.
         """
-        key = tuple(tuple((p.name, p.stream) for p in side) for side in (forward, backward))
+        names = (tuple((p.name, p.stream) for p in side) for side in (forward, backward))
+        key = (*stages, *names)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(forward, backward)

@@ -77,6 +77,7 @@ class LocalStage:
             store=self._store,
             key=key,
             stubs=not self.offers_phases and self.hook is not None,
+            stage=self,
         )
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dualpipe_ext import env
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.ep.registry import ENVIRONMENT_VARIABLE
-from dualpipe_ext.sms import AUTO, SMPartition, SMTuner, Tuning, check_comm_sms
+from dualpipe_ext.sms import AUTO, Candidate, SMPartition, SMTuner, Tuning, check_comm_sms
 from dualpipe_ext.sms import tuner as sm_tuner
 
 
@@ -107,7 +107,7 @@ def described(partition: SMPartition, tuner: SMTuner | None) -> str:
 
 
 def tuning_lines(tuning: Tuning) -> list[str]:
-    """The candidates with their times, and the choice, for the terminal."""
+    """The candidates with their times, the choice and its reason, for the terminal."""
     lines = []
     for candidate in tuning.candidates:
         name = "copy engines" if candidate.comm_sms == 0 else f"{candidate.comm_sms} SMs"
@@ -116,10 +116,22 @@ def tuning_lines(tuning: Tuning) -> list[str]:
             what = f"{candidate.seconds * 1e3:,.2f} ms a step"
         mark = " <- from now on" if candidate.comm_sms == tuning.best else ""
         lines.append(f"{name:>12}  {what}{mark}")
+    if len(_timed(tuning)) > 1:
+        lines.append(
+            f"the fewest SMs within noise of the fastest, {tuning.noise * 1e3:,.2f} ms by the "
+            f"spread of {sm_tuner.ROUNDS} rounds"
+        )
     return lines
 
 
 def times_tried(tuning: Tuning) -> str:
     """The same in one line, for the summary: only what was timed."""
-    timed = [c for c in tuning.candidates if math.isfinite(c.seconds)]
-    return ", ".join(f"{c.comm_sms}: {c.seconds * 1e3:,.2f} ms" for c in timed) or "none"
+    timed = _timed(tuning)
+    if not timed:
+        return "none"
+    times = ", ".join(f"{c.comm_sms}: {c.seconds * 1e3:,.2f} ms" for c in timed)
+    return f"{times} (noise {tuning.noise * 1e3:,.2f} ms)"
+
+
+def _timed(tuning: Tuning) -> list[Candidate]:
+    return [c for c in tuning.candidates if math.isfinite(c.seconds)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from dualpipe_ext.bench import pipeline_run
 from dualpipe_ext.bench.pipeline_table import print_rows
 from dualpipe_ext.bench.ranks import start
 from tests.bench.pipeline_runs import OPTIONS, all_kinds, told_by_all_means
@@ -22,9 +25,11 @@ def test_every_figure_that_a_cpu_can_give(found):
     longer = max(pair.compute_ms, pair.comm_ms)
     assert pair.pair_over_longer == pytest.approx(pair.pair_ms_p50 / longer, abs=1e-3)
     assert pair.hidden_share is None  # needs a GPU
+    assert pair.stage_transport is None
     assert [row.schedule for row in steps] == list(OPTIONS.schedules)
     for row in steps:
         assert (row.part, row.status, row.pp, row.ep) == ("step", "ok", 2, 1)
+        assert row.stage_transport == "collective"
         assert row.tokens_per_s == pytest.approx(16 * 4 / row.step_ms_p50 * 1e3, rel=0.01)
         assert 0 < row.mfu < 1
         assert 0 <= row.predicted_bubble < 1
@@ -50,6 +55,22 @@ def test_what_is_wrong_is_not_timed(found):
     assert wrong.step_ms_p50 is None
 
 
+def test_steps_with_a_stage_transport_that_is_not_here(capsys):
+    steps = replace(OPTIONS, parts=("steps",), schedules=("1f1b",), stage_transport="copy_engine")
+    (row,) = start(pipeline_run.run, 2, steps, virtual=False, device_type="cpu")
+    assert (row.stage_transport, row.status) == ("copy_engine", "error")
+    assert "one that can be used here, got 'copy_engine'" in row.reason
+
+
+def test_steps_of_one_pipeline_rank_have_no_stage_transport(capsys, monkeypatch):
+    steps = replace(OPTIONS, parts=("steps",), schedules=("dualpipev",))
+    (row,) = start(pipeline_run.run, 1, steps, virtual=False, device_type="cpu")
+    assert (row.stage_transport, row.status) == (None, "ok")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_rows([row.to_dict()])
+    assert "from stage to stage" not in capsys.readouterr().out
+
+
 def test_a_transport_that_is_not_here_is_a_row_and_the_run_goes_on(found):
     missing, there = found[3]
     assert (missing.transport, missing.num_sms, missing.status) == ("nvlink", 8, "unavailable")
@@ -63,6 +84,7 @@ def test_table(found, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:3])) <= 80
     assert "\u2026" not in printed
+    assert "Steps, from stage to stage by collective" in printed
     for text in ("limit", "dualpipev", "FAILED: dualpipe: ", "unavailable: nvlink 8 SMs: "):
         assert text in printed
 

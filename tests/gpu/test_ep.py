@@ -84,6 +84,44 @@ def test_few_and_many_sms() -> None:
     NVLINK_VIRTUAL.run(2, few_and_many_sms)
 
 
+# --- memory of asynchronous calls ----------------------------------------------------------------
+
+
+@torch.no_grad()  # the event alone refers to them
+def arrays_outlive_a_call(ranks: Ranks) -> None:
+    """A handle's arrays are given to nobody else while the side stream still has to read them."""
+    case = make_case("uneven", ranks.num_ranks, hidden=64)
+    buffer = ranks.make_buffer(case)
+    x, idx, _ = ranks.inputs(case)
+    recv, handle = buffer.dispatch(x, idx)
+    want, _ = buffer.combine(recv.tokens, handle, async_op=True)
+    side, other = buffer._comm_stream._stream, torch.cuda.Stream()
+    for waits in (True, False):
+        recv, handle = buffer.dispatch(x, idx)
+        first, num_numbers = handle.memory.data_ptr(), handle.memory.numel()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(2_000_000_000)
+        y, event = buffer.combine(recv.tokens, handle, async_op=True)
+        if waits:
+            with torch.cuda.stream(other):
+                event.wait()
+        del recv, handle, event
+        gc.collect()
+        others = [idx.new_empty(num_numbers) for _ in range(64)]
+        assert not side.query(), "the test took too long to tell"
+        for memory in others:
+            start = memory.data_ptr()
+            assert not start <= first < start + 8 * num_numbers, f"waits elsewhere: {waits}"
+        torch.cuda.synchronize()
+        buffer.check()
+        assert torch.equal(y, want), f"waits elsewhere: {waits}"
+
+
+def test_arrays_outlive_a_call() -> None:
+    NVLINK_VIRTUAL.run(1, arrays_outlive_a_call)
+
+
 # --- large sizes ---------------------------------------------------------------------------------
 
 

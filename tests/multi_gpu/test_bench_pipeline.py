@@ -27,10 +27,24 @@ def test_steps_under_every_schedule():
     options = replace(WIDE, parts=("steps",), step_experts=8, step_transport="auto")
     rows = start(pipeline_run.run, 2, options, virtual=False, device_type="cuda")
     assert [row.reason for row in rows if row.status != "ok"] == []
+    assert {row.stage_transport for row in rows} <= {"copy_engine", "collective"}
     assert [row.schedule for row in rows] == list(OPTIONS.schedules)
     for row in rows:
         assert row.tokens_per_s > 0
         assert row.predicted_span_ms > 0
+
+
+def test_steps_with_the_stage_transport_that_was_asked_for():
+    options = replace(
+        WIDE,
+        parts=("steps",),
+        step_experts=8,
+        step_transport="auto",
+        schedules=("1f1b",),
+        stage_transport="collective",
+    )
+    (row,) = start(pipeline_run.run, 2, options, virtual=False, device_type="cuda")
+    assert (row.status, row.stage_transport) == ("ok", "collective"), row.reason
 
 
 def test_steps_with_expert_parallel_ranks():

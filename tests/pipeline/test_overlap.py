@@ -16,6 +16,7 @@ from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
 from dualpipe_ext.pipeline.launch_order import PairTimes, fill_gaps, interleave
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
 from dualpipe_ext.pipeline.pair_orders import PairOrders
+from dualpipe_ext.pipeline.stage import LocalStage, overlap
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore, defer_weight_grads
 
 H = 6
@@ -300,6 +301,29 @@ def test_launch_orders_belong_to_a_number_of_sms():
     assert launcher.orders is with_24
     told.set(8)
     assert launcher.orders is with_8
+
+
+def test_launch_orders_belong_to_stages(monkeypatch):
+    """Also if their phases have the same names."""
+    asked, store = [], WeightGradStore()
+    plain = PairOrders.begin
+
+    def begin(self, *sides, **how):
+        asked.append(how["stages"])
+        return plain(self, *sides, **how)
+
+    monkeypatch.setattr(PairOrders, "begin", begin)
+    launcher = Launcher(torch.device("cpu"))
+    first, second = (LocalStage(Layer().double(), launcher, store) for _ in range(2))
+    x = torch.randn(3, H).double()
+    for forward, backward in ((first, second), (second, first), (first, second)):
+        ahead, back = (s.begin((x,), (True,), key=s) for s in (forward, backward))
+        back.forward()
+        back.take_outputs()
+        back.start_backward([x])
+        how = {"criterion": None, "labels": (), "backward_has_loss": False}
+        overlap(forward, ahead, backward, back, **how)
+    assert asked[0] == asked[2] != asked[1]
 
 
 def test_input_only_backward_then_weights():

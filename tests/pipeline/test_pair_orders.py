@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dualpipe_ext.pipeline.launch_order import Launch, PairTimes, fill_gaps, interleave
@@ -52,13 +54,14 @@ def test_kinds_without_a_fixed_number_of_gradients_stay_plain():
     assert sampled == 3 * NUM_SAMPLES
 
 
-def note(sample, *, begin=0.0, factor=1.0, weights=TIMES.weights):
+def note(sample, *, begin=0.0, factor=1.0, weights=TIMES.weights, of=None):
+    times = TIMES if of is None else replace(TIMES, weights=of)
     launches = [Launch(op, index) for op in "FB" for index in range(len(SIDE))]
     launches += [
         Launch("W", i, part) for i, parts in enumerate(weights) for part, _ in enumerate(parts)
     ]
     for launch in launches:
-        ms = 1e3 * factor * TIMES.of(launch)
+        ms = 1e3 * factor * times.of(launch)
         sample.add(launch, Event(begin), Event(begin + ms))
 
 
@@ -84,6 +87,26 @@ def test_the_median_of_the_samples_decides():
     assert orders.begin(SIDE[:2], SIDE, may_time=True)[0] == interleave(SIDE[:2], SIDE)
     orders.forget()
     assert orders.begin(SIDE, SIDE, may_time=True)[0] == interleave(SIDE, SIDE)
+
+
+def test_stages_of_equal_names_have_orders_of_their_own():
+    """Here the second stage's weight gradients take much longer than anything else."""
+    times = {
+        "first": TIMES.weights,
+        "second": tuple(tuple(100 * w for w in parts) for parts in TIMES.weights),
+    }
+    kinds = [(forward, backward) for forward in times for backward in times]
+    orders, learned = PairOrders(), {}
+    for _ in range(WARM_UP + NUM_SAMPLES + 1):
+        for stages in kinds:
+            order, sample = orders.begin(SIDE, SIDE, may_time=True, stages=stages)
+            learned[stages] = order
+            if sample is not None:
+                note(sample, weights=TIMES.weights, of=times[stages[1]])
+    for stages in kinds:
+        own = replace(TIMES, weights=times[stages[1]])
+        assert learned[stages] == fill_gaps(SIDE, SIDE, own), stages
+    assert learned["first", "first"] != learned["first", "second"]
 
 
 def test_nobody_waits_for_the_device():

@@ -126,14 +126,21 @@ def test_what_the_table_says(monkeypatch):
 
 def test_what_is_said_of_a_tuning():
     found = Tuning(
-        (Candidate(0, float("inf"), "no room"), Candidate(8, 0.25), Candidate(16, 0.0125)), best=16
+        (Candidate(0, float("inf"), "no room"), Candidate(8, 0.25), Candidate(16, 0.0125)),
+        best=16,
+        noise=0.0015,
     )
     assert [line.strip() for line in tuning_lines(found)] == [
         "copy engines  no room",
         "8 SMs  250.00 ms a step",
         "16 SMs  12.50 ms a step <- from now on",
+        "the fewest SMs within noise of the fastest, 1.50 ms by the spread of 6 rounds",
     ]
-    assert times_tried(found) == "8: 250.00 ms, 16: 12.50 ms"
+    assert times_tried(found) == "8: 250.00 ms, 16: 12.50 ms (noise 1.50 ms)"
+    alone = Tuning((Candidate(8, float("inf"), "nothing to compare it with"),), best=8)
+    assert [line.strip() for line in tuning_lines(alone)] == [
+        "8 SMs  nothing to compare it with <- from now on"
+    ]
     assert times_tried(Tuning((Candidate(0, float("inf"), "no room"),), best=None)) == "none"
 
 

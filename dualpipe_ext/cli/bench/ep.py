@@ -6,11 +6,13 @@ What is measured is in ``dualpipe_ext.bench``, in the files that begin with ``ep
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualpipe_ext.cli.arguments import given_or, takes
 from dualpipe_ext.cli.bench.options import (
     DEFAULT_VIRTUAL_RANKS,
     JSON,
@@ -36,8 +38,10 @@ _CALLS, _QUICK_CALLS = 30, 10
 _TRANSPORTS = {"cuda": "nvlink,copy_engine,nccl", "cpu": "collective,gloo"}
 
 
-def command(
-    context: typer.Context,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What the command line says."""
+
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -45,7 +49,7 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     virtual_ranks: Annotated[
         int | None,
         typer.Option(
@@ -53,16 +57,16 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     device: Annotated[
         str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=RANKS)
-    ] = "cuda",
-    tokens: Annotated[int, typer.Option(help="Tokens per rank.", rich_help_panel=SIZE)] = 4096,
-    hidden: Annotated[int, typer.Option(help="Values per token.", rich_help_panel=SIZE)] = 7168,
-    experts: Annotated[
-        int, typer.Option(help="Experts over all ranks.", rich_help_panel=SIZE)
-    ] = 256,
-    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8,
+    ] = "cuda"
+    tokens: Annotated[int, typer.Option(help="Tokens per rank.", rich_help_panel=SIZE)] = 4096
+    hidden: Annotated[int, typer.Option(help="Values per token.", rich_help_panel=SIZE)] = 7168
+    experts: Annotated[int, typer.Option(help="Experts over all ranks.", rich_help_panel=SIZE)] = (
+        256
+    )
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8
     transports: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +75,7 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     sms: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +83,7 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     what: Annotated[
         str | None,
         typer.Option(
@@ -87,8 +91,8 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
-    gemm: Annotated[bool, typer.Option(help="Also beside a GEMM.", rich_help_panel=WHAT)] = True,
+    ] = None
+    gemm: Annotated[bool, typer.Option(help="Also beside a GEMM.", rich_help_panel=WHAT)] = True
     rounds: Annotated[
         int | None,
         typer.Option(
@@ -96,7 +100,7 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     calls: Annotated[
         int | None,
         typer.Option(
@@ -104,17 +108,20 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer of everything.", rich_help_panel=WHAT)
-    ] = False,
+    ] = False
     picture: Annotated[
         Path | None,
         typer.Option(help="Draw into this .svg, .png or .pdf.", rich_help_panel=OUTPUT),
-    ] = None,
-    output: Annotated[Path | None, output_option("ep")] = None,
-    as_json: Annotated[bool, JSON] = False,
-) -> None:
+    ] = None
+    output: Annotated[Path | None, output_option("ep")] = None
+    as_json: Annotated[bool, JSON] = False
+
+
+@takes(Arguments)
+def command(context: typer.Context, given: Arguments) -> None:
     """Time expert-parallel dispatch and combine, checked first, against NCCL and what links give.
 
     What links give: a plain push of the same rows with as many SMs, and plain copies. A time is
@@ -122,32 +129,32 @@ def command(
     median of several rounds, of the slowest rank. Exit code 1: a result was wrong, or nothing could
     be measured. Under torchrun: its processes, on all its hosts.
     """
-    if picture is not None:
-        check_target(picture)
-        check_picture(picture)
+    if given.picture is not None:
+        check_target(given.picture)
+        check_picture(given.picture)
     # Here, not at the top: --help must not wait for torch.
     from dualpipe_ext.bench import ep_run
     from dualpipe_ext.bench.ep_cases import EpOptions, select_cases
     from dualpipe_ext.bench.ranks import start
 
     small = "ep --device cpu --tokens 64 --hidden 256 --experts 16"
-    size, virtual = read_ranks(ranks, virtual_ranks, device, small=small)
+    size, virtual = read_ranks(given.ranks, given.virtual_ranks, given.device, small=small)
     options = EpOptions(
-        tokens=tokens,
-        hidden=hidden,
-        experts=experts,
-        top_k=top_k,
-        transports=_transports(_TRANSPORTS[device] if transports is None else transports),
-        sms=read_numbers("--sms", sms or (_QUICK_SMS if quick else _SMS)),
-        rounds=rounds if rounds is not None else _QUICK_ROUNDS if quick else ROUNDS,
-        calls=calls if calls is not None else _QUICK_CALLS if quick else _CALLS,
-        cases=select_cases(None if what is None else read_words(what)),
-        gemm=gemm,
+        tokens=given.tokens,
+        hidden=given.hidden,
+        experts=given.experts,
+        top_k=given.top_k,
+        transports=_transports(given_or(given.transports, _TRANSPORTS[given.device])),
+        sms=read_numbers("--sms", given.sms or (_QUICK_SMS if given.quick else _SMS)),
+        rounds=given_or(given.rounds, _QUICK_ROUNDS if given.quick else ROUNDS),
+        calls=given_or(given.calls, _QUICK_CALLS if given.quick else _CALLS),
+        cases=select_cases(None if given.what is None else read_words(given.what)),
+        gemm=given.gemm,
     ).checked(size)
-    target = _target(output)
-    rows = start(ep_run.run, size, options, virtual=virtual, device_type=device)
+    target = _target(given.output)
+    rows = start(ep_run.run, size, options, virtual=virtual, device_type=given.device)
     if rows is not None:
-        _report(rows, target, picture, command_line(context), as_json=as_json)
+        _report(rows, target, given.picture, command_line(context), as_json=given.as_json)
 
 
 def _transports(text: str) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dualpipe_ext.cli.arguments import given_or, takes
 from dualpipe_ext.cli.bench.options import (
     JSON,
     RANKS,
@@ -20,8 +22,10 @@ from dualpipe_ext.cli.bench.options import (
 )
 
 
-def command(
-    context: typer.Context,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What the command line says."""
+
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -29,41 +33,42 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     device: Annotated[
         str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=RANKS)
-    ] = "cuda",
-    layers: Annotated[int, typer.Option(help="Layers.", rich_help_panel=SIZE)] = 2,
+    ] = "cuda"
+    layers: Annotated[int, typer.Option(help="Layers.", rich_help_panel=SIZE)] = 2
     tokens: Annotated[
         int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=SIZE)
-    ] = 4096,
+    ] = 4096
     seq_len: Annotated[
         int | None,
         typer.Option(
             help="Tokens per sequence. [default: all]", rich_help_panel=SIZE, show_default=False
         ),
-    ] = None,
+    ] = None
     in_flight: Annotated[
         int, typer.Option(help="Micro-batches kept at a time.", rich_help_panel=SIZE)
-    ] = 4,
-    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168,
-    experts: Annotated[
-        int, typer.Option(help="Experts over all ranks.", rich_help_panel=SIZE)
-    ] = 64,
+    ] = 4
+    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168
+    experts: Annotated[int, typer.Option(help="Experts over all ranks.", rich_help_panel=SIZE)] = 64
     expert_hidden: Annotated[
         int, typer.Option(help="Inner width of an expert.", rich_help_panel=SIZE)
-    ] = 2048,
-    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8,
+    ] = 2048
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8
     dtype: Annotated[
         str, typer.Option(help="bfloat16, float32 or float64.", rich_help_panel=SIZE)
-    ] = "bfloat16",
+    ] = "bfloat16"
     transport: Annotated[
         str, typer.Option(help="How tokens reach their experts.", rich_help_panel=RANKS)
-    ] = "auto",
-    rounds: Annotated[int, typer.Option(help="Steps per level.", rich_help_panel=WHAT)] = ROUNDS,
-    output: Annotated[Path | None, output_option("memory")] = None,
-    as_json: Annotated[bool, JSON] = False,
-) -> None:
+    ] = "auto"
+    rounds: Annotated[int, typer.Option(help="Steps per level.", rich_help_panel=WHAT)] = ROUNDS
+    output: Annotated[Path | None, output_option("memory")] = None
+    as_json: Annotated[bool, JSON] = False
+
+
+@takes(Arguments)
+def command(context: typer.Context, given: Arguments) -> None:
     """Measure what each memory level saves and costs, against plain autograd (level 0)."""
     from dualpipe_ext.bench import memory as bench
     from dualpipe_ext.bench.ranks import start
@@ -71,30 +76,30 @@ def command(
     from dualpipe_ext.training.config import DTYPES
 
     small = "memory --device cpu --hidden 256 --tokens 64"
-    num_processes = read_processes(ranks, device, small=small, on_cpu=1)
-    if dtype not in DTYPES:
-        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
+    num_processes = read_processes(given.ranks, given.device, small=small, on_cpu=1)
+    if given.dtype not in DTYPES:
+        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {given.dtype!r}")
     options = bench.MemoryOptions(
         model=ModelConfig(
-            hidden=hidden,
-            num_layers=layers,
-            num_heads=max(1, hidden // 128),
-            num_experts=experts,
-            top_k=top_k,
+            hidden=given.hidden,
+            num_layers=given.layers,
+            num_heads=max(1, given.hidden // 128),
+            num_experts=given.experts,
+            top_k=given.top_k,
             num_groups=1,
             top_groups=1,
-            expert_hidden=expert_hidden,
-            shared_hidden=expert_hidden,
+            expert_hidden=given.expert_hidden,
+            shared_hidden=given.expert_hidden,
         ),
-        tokens=tokens,
-        seq_len=tokens if seq_len is None else seq_len,
-        in_flight=in_flight,
-        dtype=DTYPES[dtype],
-        transport=transport,
-        rounds=rounds,
+        tokens=given.tokens,
+        seq_len=given_or(given.seq_len, given.tokens),
+        in_flight=given.in_flight,
+        dtype=DTYPES[given.dtype],
+        transport=given.transport,
+        rounds=given.rounds,
     ).checked(num_processes)
-    target = target_of("memory", output)
-    rows = start(bench.run, num_processes, options, virtual=False, device_type=device)
+    target = target_of("memory", given.output)
+    rows = start(bench.run, num_processes, options, virtual=False, device_type=given.device)
     if rows is None:  # under torchrun, not the first rank
         return
-    report(rows, target, context, bench.print_rows, as_json=as_json)
+    report(rows, target, context, bench.print_rows, as_json=given.as_json)

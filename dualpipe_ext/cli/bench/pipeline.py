@@ -5,12 +5,14 @@ What is measured is in ``dualpipe_ext.bench``, in the files that begin with ``pi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualpipe_ext.cli.arguments import given_or, takes
 from dualpipe_ext.cli.bench.options import (
     JSON,
     OUTPUT,
@@ -29,14 +31,21 @@ from dualpipe_ext.cli.bench.options import (
 from dualpipe_ext.files import check_picture, check_target
 
 if TYPE_CHECKING:
-    from dualpipe_ext.bench.pipeline_cases import PipelineRow
+    from dualpipe_ext.bench.pipeline_cases import PipelineOptions, PipelineRow
+    from dualpipe_ext.models import ModelConfig
 
 _TRANSPORTS = {"cuda": "nvlink,copy_engine,collective", "cpu": "collective"}
 _PEAK = 989.0
+_SMALL = (
+    "pipeline --device cpu --dtype float32 --tokens 64 --hidden 256 --expert-hidden 128 "
+    "--experts 8 --step-experts 8 --layers 1"
+)
 
 
-def command(
-    context: typer.Context,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What the command line says."""
+
     ranks: Annotated[
         int | None,
         typer.Option(
@@ -44,10 +53,10 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     device: Annotated[
         str, typer.Option(help="cuda, or cpu to try it out.", rich_help_panel=RANKS)
-    ] = "cuda",
+    ] = "cuda"
     transports: Annotated[
         str | None,
         typer.Option(
@@ -56,10 +65,10 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     sms: Annotated[
         str, typer.Option(help="Communication SMs for nvlink.", rich_help_panel=RANKS)
-    ] = "24,8",
+    ] = "24,8"
     sm_means: Annotated[
         str | None,
         typer.Option(
@@ -69,17 +78,17 @@ def command(
             rich_help_panel=RANKS,
             show_default=False,
         ),
-    ] = None,
-    parts: Annotated[
-        str, typer.Option(help="pair, steps or both.", rich_help_panel=WHAT)
-    ] = "pair,steps",
+    ] = None
+    parts: Annotated[str, typer.Option(help="pair, steps or both.", rich_help_panel=WHAT)] = (
+        "pair,steps"
+    )
     throttle: Annotated[
         bool,
         typer.Option(
             help="Also repeat communication until it takes as long as compute.",
             rich_help_panel=WHAT,
         ),
-    ] = True,
+    ] = True
     schedules: Annotated[
         str | None,
         typer.Option(
@@ -88,41 +97,48 @@ def command(
             rich_help_panel=WHAT,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     tokens: Annotated[
         int, typer.Option(help="Tokens per rank and micro-batch.", rich_help_panel=SIZE)
-    ] = 4096,
+    ] = 4096
     seq_len: Annotated[
         int | None,
         typer.Option(
             help="Tokens per sequence. [default: all]", rich_help_panel=SIZE, show_default=False
         ),
-    ] = None,
-    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168,
+    ] = None
+    hidden: Annotated[int, typer.Option(help="Width.", rich_help_panel=SIZE)] = 7168
     expert_hidden: Annotated[
         int, typer.Option(help="Inner width of an expert.", rich_help_panel=SIZE)
-    ] = 2048,
-    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8,
+    ] = 2048
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=SIZE)] = 8
     experts: Annotated[
         int, typer.Option(help="Pair: experts over all ranks.", rich_help_panel=SIZE)
-    ] = 256,
-    layers: Annotated[int, typer.Option(help="Pair: layers.", rich_help_panel=SIZE)] = 4,
+    ] = 256
+    layers: Annotated[int, typer.Option(help="Pair: layers.", rich_help_panel=SIZE)] = 4
     ep: Annotated[
         int,
         typer.Option(
             help="Steps: expert-parallel ranks; the others are pipeline ranks.",
             rich_help_panel=RANKS,
         ),
-    ] = 1,
+    ] = 1
     step_experts: Annotated[
         int, typer.Option(help="Steps: experts, over --ep ranks.", rich_help_panel=SIZE)
-    ] = 32,
+    ] = 32
     step_layers: Annotated[
         int, typer.Option(help="Steps: layers per rank.", rich_help_panel=SIZE)
-    ] = 2,
+    ] = 2
     step_transport: Annotated[
         str, typer.Option(help="Steps: how tokens travel.", rich_help_panel=RANKS)
-    ] = "auto",
+    ] = "auto"
+    stage_transport: Annotated[
+        str,
+        typer.Option(
+            help="Steps: how tensors travel from stage to stage: auto, copy_engine or collective.",
+            rich_help_panel=RANKS,
+        ),
+    ] = "auto"
     num_chunks: Annotated[
         int | None,
         typer.Option(
@@ -130,30 +146,33 @@ def command(
             rich_help_panel=SIZE,
             show_default=False,
         ),
-    ] = None,
+    ] = None
     memory_level: Annotated[
         int, typer.Option(help="Activations kept, 0 (all) to 3.", rich_help_panel=SIZE)
-    ] = 1,
+    ] = 1
     dtype: Annotated[
         str, typer.Option(help="bfloat16, float32 or float64.", rich_help_panel=SIZE)
-    ] = "bfloat16",
-    peak_tflops: Annotated[
-        float, typer.Option(help="Of a GPU, for MFU.", rich_help_panel=WHAT)
-    ] = _PEAK,
-    rounds: Annotated[int, typer.Option(help="Numbers per figure.", rich_help_panel=WHAT)] = ROUNDS,
+    ] = "bfloat16"
+    peak_tflops: Annotated[float, typer.Option(help="Of a GPU, for MFU.", rich_help_panel=WHAT)] = (
+        _PEAK
+    )
+    rounds: Annotated[int, typer.Option(help="Numbers per figure.", rich_help_panel=WHAT)] = ROUNDS
     calls: Annotated[
         int, typer.Option(help="Pairs in a row behind a number.", rich_help_panel=WHAT)
-    ] = 4,
+    ] = 4
     picture: Annotated[
         Path | None,
         typer.Option(
             help="Draw the two streams of a pair, a file per transport: NAME-nvlink-24.png, ...",
             rich_help_panel=OUTPUT,
         ),
-    ] = None,
-    output: Annotated[Path | None, output_option("pipeline")] = None,
-    as_json: Annotated[bool, JSON] = False,
-) -> None:
+    ] = None
+    output: Annotated[Path | None, output_option("pipeline")] = None
+    as_json: Annotated[bool, JSON] = False
+
+
+@takes(Arguments)
+def command(context: typer.Context, given: Arguments) -> None:
     """Measure how much communication an overlapped pair hides, and steps under each schedule.
 
     Layers as wide as DeepSeek-V3's. A pair is the forward of one micro-batch beside the backward of
@@ -161,78 +180,81 @@ def command(
     Results are checked before anything is timed. Exit code 1: one was wrong, or nothing could be
     measured. The default sizes fit two GPUs of 141 GB.
     """
-    if picture is not None:
-        if device != "cuda":
-            raise ValueError(f"expected --device cuda for --picture, got {device}")
-        check_target(picture)
-        check_picture(picture)
+    if given.picture is not None:
+        if given.device != "cuda":
+            raise ValueError(f"expected --device cuda for --picture, got {given.device}")
+        check_target(given.picture)
+        check_picture(given.picture)
     from dualpipe_ext.bench import pipeline_run
-    from dualpipe_ext.bench.pipeline_cases import (
-        ERROR,
-        FAILED,
-        OK,
-        PipelineOptions,
-        usual_schedules,
-    )
+    from dualpipe_ext.bench.pipeline_cases import ERROR, FAILED, OK
     from dualpipe_ext.bench.pipeline_table import print_rows
     from dualpipe_ext.bench.ranks import start
-    from dualpipe_ext.models import ModelConfig
-    from dualpipe_ext.sms import DEFAULT_MEANS
-    from dualpipe_ext.training.config import DTYPES
 
-    small = (
-        "pipeline --device cpu --dtype float32 --tokens 64 --hidden 256 --expert-hidden 128 "
-        "--experts 8 --step-experts 8 --layers 1"
-    )
-    num_processes = read_processes(ranks, device, small=small)
-    if dtype not in DTYPES:
-        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {dtype!r}")
-    pp = max(1, num_processes // max(1, ep))
-    num_chunks = 4 * pp if num_chunks is None else num_chunks
-    usual = usual_schedules(pp, num_chunks)
-    options = PipelineOptions(
-        parts=read_words(parts),
-        model=ModelConfig(
-            hidden=hidden,
-            num_layers=layers,
-            num_heads=max(1, hidden // 128),
-            num_experts=experts,
-            top_k=top_k,
-            num_groups=1,
-            top_groups=1,
-            expert_hidden=expert_hidden,
-            shared_hidden=expert_hidden,
-            memory_level=memory_level,
-        ),
-        tokens=tokens,
-        seq_len=tokens if seq_len is None else seq_len,
-        dtype=DTYPES[dtype],
-        transports=_transports(_TRANSPORTS[device] if transports is None else transports),
-        sms=read_numbers("--sms", sms),
-        sm_means=(DEFAULT_MEANS,) if sm_means is None else read_words(sm_means),
-        throttle=throttle,
-        schedules=usual if schedules is None else read_words(schedules),
-        ep=ep,
-        step_experts=step_experts,
-        step_layers=step_layers,
-        step_transport=step_transport,
-        num_chunks=num_chunks,
-        rounds=rounds,
-        calls=calls,
-        peak_tflops=peak_tflops,
-        picture=picture,
-    ).checked(num_processes)
-    target = _target(output)
+    num_processes = read_processes(given.ranks, given.device, small=_SMALL)
+    options = _options(given, num_processes)
+    target = _target(given.output)
     record = partial(_record, target, command_line(context))
     rows = start(
-        pipeline_run.run, num_processes, options, record, virtual=False, device_type=device
+        pipeline_run.run, num_processes, options, record, virtual=False, device_type=given.device
     )
     if rows is None:  # under torchrun, not the first rank
         return
-    show([row.to_dict() for row in rows], target, print_rows, as_json=as_json)
+    show([row.to_dict() for row in rows], target, print_rows, as_json=given.as_json)
     statuses = {row.status for row in rows}
     if statuses & {FAILED, ERROR} or OK not in statuses:
         raise typer.Exit(1)
+
+
+def _options(given: Arguments, num_processes: int) -> PipelineOptions:
+    """What to measure, once it is known that so many ranks can."""
+    from dualpipe_ext.bench.pipeline_cases import PipelineOptions, usual_schedules
+    from dualpipe_ext.sms import DEFAULT_MEANS
+    from dualpipe_ext.training.config import DTYPES
+
+    if given.dtype not in DTYPES:
+        raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {given.dtype!r}")
+    pp = max(1, num_processes // max(1, given.ep))
+    num_chunks = given_or(given.num_chunks, 4 * pp)
+    usual = usual_schedules(pp, num_chunks)
+    return PipelineOptions(
+        parts=read_words(given.parts),
+        model=_model(given),
+        tokens=given.tokens,
+        seq_len=given_or(given.seq_len, given.tokens),
+        dtype=DTYPES[given.dtype],
+        transports=_transports(given_or(given.transports, _TRANSPORTS[given.device])),
+        sms=read_numbers("--sms", given.sms),
+        sm_means=read_words(given_or(given.sm_means, DEFAULT_MEANS)),
+        throttle=given.throttle,
+        schedules=usual if given.schedules is None else read_words(given.schedules),
+        ep=given.ep,
+        step_experts=given.step_experts,
+        step_layers=given.step_layers,
+        step_transport=given.step_transport,
+        stage_transport=given.stage_transport,
+        num_chunks=num_chunks,
+        rounds=given.rounds,
+        calls=given.calls,
+        peak_tflops=given.peak_tflops,
+        picture=given.picture,
+    ).checked(num_processes)
+
+
+def _model(given: Arguments) -> ModelConfig:
+    from dualpipe_ext.models import ModelConfig
+
+    return ModelConfig(
+        hidden=given.hidden,
+        num_layers=given.layers,
+        num_heads=max(1, given.hidden // 128),
+        num_experts=given.experts,
+        top_k=given.top_k,
+        num_groups=1,
+        top_groups=1,
+        expert_hidden=given.expert_hidden,
+        shared_hidden=given.expert_hidden,
+        memory_level=given.memory_level,
+    )
 
 
 def _record(target: Path, command: str, row: PipelineRow) -> None:

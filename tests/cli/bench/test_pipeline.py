@@ -68,6 +68,10 @@ def test_nothing_measured_is_exit_code_1(tmp_path):
             "--sm-means of none, persistent, yielding, carve_out, green_context, got",
         ),
         (["--ep", "2"], "--ep to divide 1 ranks, got 2"),
+        (
+            ["--stage-transport", "pigeon"],
+            "--stage-transport of auto, copy_engine, collective, got 'pigeon'",
+        ),
     ],
 )
 def test_bad_options(args, message, tmp_path, monkeypatch):
