@@ -153,7 +153,7 @@ class PairBench:
             layer.buffer = buffer
         inputs = [draw(ranks, options, seed) for seed in range(_INPUTS)]
         grad = draw(ranks, options, _INPUTS)
-        self._launcher = launcher = Launcher(ranks.device, on_launch, partition)
+        self._launcher = launcher = Launcher(ranks.device, on_launch, partition, self._largest)
         two_streams = stage.phases()
         one_stream = [replace(phase, stream="compute") for phase in two_streams]
         self._serial = _Chunks(one_stream, inputs, grad, _one_after_the_other, launcher)
@@ -161,6 +161,9 @@ class PairBench:
         self._pair = _Chunks(two_streams, inputs, grad, run_pair, launcher)
         self._handles = [self._handles_of(x) for x in inputs]
         self._moved: Recording | None = None
+
+    def _largest(self, values: Sequence[float]) -> list[float]:
+        return list(map(max, zip(*self._ranks.gather_object(list(values)), strict=True)))
 
     def _handles_of(self, x: Tensor) -> list:
         """The handles of all layers for one input, by layer."""

@@ -19,12 +19,14 @@ from dualpipe_ext.profiling.capture import trace_from
 from dualpipe_ext.profiling.report import OverlapReport
 from dualpipe_ext.profiling.trace import Trace
 
-# In a row; the first begins with nothing to hide behind, which a loop of pairs does not.
-NUM_CALLS = 6
+# In a row, after some that are not looked at: the first begins with nothing to hide behind, and its
+# rank perhaps earlier than the others, for whom it waits then.
+NUM_CALLS, _LEAD_CALLS = 6, 2
 _SPAN = "dualpipe bench: calls"
 # GPU and host clocks of a trace agree to some microseconds.
 _APART_S = 1e-3
 _GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
+_LAUNCH_CATEGORIES = ("cuda_runtime", "cuda_driver")
 
 
 class PhaseNotes:
@@ -64,6 +66,8 @@ def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace
         torch.cuda.synchronize()
         time.sleep(_APART_S)
         ranks.gather_object(None)
+        for _ in range(_LEAD_CALLS):
+            call()
         with record_function(_SPAN):
             if notes is not None:
                 notes.start()
@@ -77,18 +81,36 @@ def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace
 
 
 def within_calls(document: dict[str, Any]) -> dict[str, Any]:
-    """The trace without GPU work from before or after the calls, and without their annotation."""
+    """The trace without GPU work from before or after the calls, and without their annotation.
+
+    The host runs ahead of the GPU: what belongs to the calls is what was launched within them.
+    """
     events = document["traceEvents"]
     start, end = next(
         (e["ts"], e["ts"] + e["dur"])
         for e in events
         if e.get("cat") == "user_annotation" and e["name"] == _SPAN
     )
+    launched = {
+        e["args"]["correlation"]
+        for e in events
+        if e.get("cat") in _LAUNCH_CATEGORIES
+        and "correlation" in e.get("args", ())
+        and start <= e["ts"] < end
+    }
+    begin = min(
+        (
+            e["ts"]
+            for e in events
+            if e.get("cat") in _GPU_CATEGORIES and e["args"].get("correlation") in launched
+        ),
+        default=end,
+    )
     kept = [
         e
         for e in events
         if e.get("name") != _SPAN
-        and (e.get("cat") not in _GPU_CATEGORIES or start <= e["ts"] < end)
+        and (e.get("cat") not in _GPU_CATEGORIES or begin <= e["ts"] < end)
     ]
     return {**document, "traceEvents": kept}
 

@@ -105,6 +105,7 @@ class StepBench:
             transport=options.stage_transport,
             record=True,
             timeout_s=MEETING_TIMEOUT_S,
+            peers=mesh.ep_group,
         )
         self._inputs, self._labels = self._batch(0), self._batch(1)
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
 from dualpipe_ext.pipeline.launch_order import Launch
-from dualpipe_ext.pipeline.pair_orders import PairOrders, Sample
+from dualpipe_ext.pipeline.pair_orders import Agree, PairOrders, Sample
 from dualpipe_ext.pipeline.stream_memory import StreamMemory
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 from dualpipe_ext.sms import SMPartition
@@ -76,6 +76,8 @@ class Launcher:
         device: of the stages.
         on_launch: called with ``name(F)``, ``name(B)`` or ``name(W)`` before every launch.
         partition: is told what compute runs beside communication: that of pairs.
+        agree: between the ranks that run the same pairs at the same time and communicate within
+            them, so that they launch them in the same order; see :class:`PairOrders`.
 
     Attributes:
         orders: of the pairs that run here, with the SMs divided as they are now.
@@ -86,8 +88,9 @@ class Launcher:
         device: torch.device,
         on_launch: Callable[[str], None] | None = None,
         partition: SMPartition | None = None,
+        agree: Agree = list,
     ) -> None:
-        self._partition = partition
+        self._partition, self._agree = partition, agree
         self._device = device
         self._on_launch = on_launch
         # High priority: a communication kernel that starts late is a kernel nothing hides.
@@ -102,7 +105,7 @@ class Launcher:
         self._timed: tuple[Launch, Sample] | None = None
 
     def _use_orders_of(self, comm_sms: int | None) -> None:
-        self.orders = self._orders.setdefault(comm_sms, PairOrders())
+        self.orders = self._orders.setdefault(comm_sms, PairOrders(self._agree))
 
     def can_time(self) -> bool:
         """Whether launches go to two streams whose events tell the time."""

@@ -2,13 +2,15 @@
 
 What belongs here: :class:`Sample`, the marks of one timed pair, and :class:`PairOrders`, which
 hands out the plain order until enough pairs have been timed, and then the one that
-``launch_order.py`` finds for the times. Nobody waits for a measurement: it is used once the device
-is through with it.
+``launch_order.py`` finds for the times. Ranks that exchange tokens within their pairs need one
+order: a rank that computes something else first is waited for by the others. So they agree on the
+times, and all begin with the new order at the same pair; once in a run the host waits for its
+device for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ WARM_UP = 2
 NUM_SAMPLES = 3
 # How often samples that are not of the same launches are taken again.
 _TRIES = 3
+
+Agree = Callable[[Sequence[float]], Sequence[float]]
+"""Given as many numbers on every rank, returns the largest of all ranks for each."""
 
 
 class Sample:
@@ -40,12 +45,10 @@ class Sample:
     def launches(self) -> set[Launch]:
         return set(self._marks)
 
-    def done(self) -> bool:
-        """Whether the device is through with all of them."""
-        return all(end.query() for _, end in self._marks.values())
-
     def seconds(self) -> dict[Launch, float]:
-        """Of every launch; once :meth:`done`."""
+        """Of every launch. Waits until the device is through with all of them."""
+        for _, end in self._marks.values():
+            end.synchronize()
         return {
             launch: 1e-3 * begin.elapsed_time(end) for launch, (begin, end) in self._marks.items()
         }
@@ -58,10 +61,15 @@ class PairOrders:
     Names alone do not tell how long phases take: all layers have the same ones, but a stage may
     have an embedding in its first phase, or other layers than the next. A rank has two stages at
     most, so there are few kinds.
+
+    Args:
+        agree: makes times those of the slowest of the ranks that run the same pairs at the same
+            time; by default this rank is alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Agree = list) -> None:
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
+        self._agree = agree
 
     def forget(self) -> None:
         """Measure again: what pairs run on has changed."""
@@ -87,12 +95,13 @@ class PairOrders:
         key = (*stages, *names)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind(forward, backward)
+            kind = self._kinds[key] = _Kind(forward, backward, self._agree)
         return kind.begin(may_time)
 
 
 class _Kind:
-    def __init__(self, forward: Sequence[Phase], backward: Sequence[Phase]) -> None:
+    def __init__(self, forward: Sequence[Phase], backward: Sequence[Phase], agree: Agree) -> None:
+        self._agree = agree
         # Without what they compute: it may hold on to a micro-batch.
         self._forward, self._backward = (
             tuple(replace(phase, fn=tuple) for phase in side) for side in (forward, backward)
@@ -112,22 +121,27 @@ class _Kind:
         if len(self._samples) < NUM_SAMPLES:
             self._samples.append(Sample())
             return self._order, self._samples[-1]
-        if all(sample.done() for sample in self._samples):
-            self._settle()
-            self._tries += 1
-            self._settled |= self._tries == _TRIES
+        self._settle()
         return self._order, None
 
     def _settle(self) -> None:
-        same = {frozenset(sample.launches()) for sample in self._samples}
         samples, self._samples = self._samples, []
-        if len(same) == 1:  # else they had not the same gradients to compute: once more
-            self._order = fill_gaps(self._forward, self._backward, self._times(samples))
-            self._settled = True
+        self._tries += 1
+        self._settled = self._tries == _TRIES
+        kinds = {frozenset(sample.launches()) for sample in samples}
+        number = len(samples[0].launches()) if len(kinds) == 1 else 0
+        most, least = self._agree([number, -number])
+        if number == 0 or most != -least:
+            return  # they, or another rank's, had not the same gradients to compute: once more
+        times = self._times(samples)
+        self._order = fill_gaps(self._forward, self._backward, times)
+        self._settled = True
 
     def _times(self, samples: Sequence[Sample]) -> PairTimes:
         seconds = [sample.seconds() for sample in samples]
-        middle = {launch: median(s[launch] for s in seconds) for launch in seconds[0]}
+        launches = sorted(seconds[0])
+        own = [median(s[launch] for s in seconds) for launch in launches]
+        middle = dict(zip(launches, self._agree(own), strict=True))
         weights: list[list[Launch]] = [[] for _ in self._backward]
         for launch in sorted(launch for launch in middle if launch.op == "W"):
             weights[launch.index].append(launch)

@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dualpipe_ext.agreement import largest_of_ranks
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.pipeline import microbatch, mirror
 from dualpipe_ext.pipeline.connections import DEFAULT_RING_BYTES, ConnectionOptions, connect
@@ -92,6 +93,9 @@ class Pipeline(nn.Module):
         on_launch: called with the name of every phase before it is launched.
         weight_grads: keeps deferred weight gradients.
         partition: is told when steps begin and end, and what runs in pairs.
+        peers: the ranks that run the same stages in step with this one and communicate within
+            them: an expert-parallel group. They then launch pairs in the same order, which all of
+            them take from the times of the slowest.
 
     Attributes:
         stages: the modules.
@@ -121,6 +125,7 @@ class Pipeline(nn.Module):
         on_launch: Callable[[str], None] | None = None,
         weight_grads: WeightGradStore | None = None,
         partition: SMPartition | None = None,
+        peers: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_options(kind, batch_dim)
@@ -147,7 +152,8 @@ class Pipeline(nn.Module):
                 f"expected {len(ids)} stage{'s' * (len(ids) > 1)} per rank for {layout.kind}, "
                 f"got {len(self.stages)}"
             )
-        self._launcher = Launcher(self._device, on_launch, partition)
+        agree = list if peers is None else partial(largest_of_ranks, self._device, peers)
+        self._launcher = Launcher(self._device, on_launch, partition, agree)
         self._local = {
             stage: LocalStage(module, self._launcher, self._store)
             for stage, module in zip(ids, self.stages, strict=True)

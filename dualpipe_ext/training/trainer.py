@@ -110,6 +110,7 @@ class Trainer:
             timeout_s=config.timeout_s,
             record=True,
             partition=self.partition,
+            peers=self._ep_group,
         )
         self.average: TrainingAverage | None = None
         if config.ema is not None:

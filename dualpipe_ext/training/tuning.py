@@ -7,13 +7,12 @@ that is said to the user.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from dualpipe_ext import env
+from dualpipe_ext.agreement import largest_of_ranks
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.ep.registry import ENVIRONMENT_VARIABLE
 from dualpipe_ext.sms import AUTO, Candidate, SMPartition, SMTuner, Tuning, check_comm_sms
@@ -82,15 +81,9 @@ def make_tuner(
         partition,
         numbers,
         prepare=buffer.cannot_use_sms,
-        agree=partial(_largest_of_all_ranks, device),
+        agree=partial(largest_of_ranks, device, None),
         forget=buffer.forget_unused,
     )
-
-
-def _largest_of_all_ranks(device: torch.device, values: Sequence[float]) -> list[float]:
-    found = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
 
 
 def described(partition: SMPartition, tuner: SMTuner | None) -> str:

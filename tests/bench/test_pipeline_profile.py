@@ -11,20 +11,31 @@ from dualpipe_ext.bench.pipeline_profile import PhaseNotes, slow_down, within_ca
 
 
 def test_only_what_ran_in_the_calls_is_left():
-    def event(cat, name, ts, dur=5):
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+    def event(cat, name, ts, dur=5, correlation=None):
+        args = {} if correlation is None else {"args": {"correlation": correlation}}
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, **args}
 
     events = [
-        event("kernel", "warm-up", 10),
+        event("kernel", "warm-up", 10, correlation=1),
+        event("cuda_runtime", "earlier launch", 90, correlation=2),
         event("user_annotation", "dualpipe bench: calls", 100, 50),
         event("user_annotation", "attention(F)", 101),
-        event("cuda_runtime", "launch", 90),
-        event("kernel", "gemm", 120),
-        event("gpu_memcpy", "copy", 149),
-        event("gpu_memcpy", "late", 150),
+        event("cuda_runtime", "launch", 101, correlation=3),
+        event("cuda_runtime", "no launch", 102),
+        event("kernel", "of an earlier call, while the host was ahead", 110, correlation=2),
+        event("kernel", "gemm", 120, correlation=3),
+        event("gpu_memcpy", "copy", 149, correlation=4),
+        event("gpu_memcpy", "late", 150, correlation=5),
     ]
     kept = within_calls({"traceEvents": events, "deviceProperties": [1]})
-    assert [e["name"] for e in kept["traceEvents"]] == ["attention(F)", "launch", "gemm", "copy"]
+    assert [e["name"] for e in kept["traceEvents"]] == [
+        "earlier launch",
+        "attention(F)",
+        "launch",
+        "no launch",
+        "gemm",
+        "copy",
+    ]
     assert kept["deviceProperties"] == [1]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-
-import pytest
 
 from dualpipe_ext.pipeline.launch_order import Launch, PairTimes, fill_gaps, interleave
 from dualpipe_ext.pipeline.overlap import Phase
@@ -22,23 +22,18 @@ TIMES = PairTimes(
 
 
 class Event:
-    """At ``ms`` on the device, which has got to ``Event.now``."""
-
-    now = float("inf")
+    """At ``ms`` on the device."""
 
     def __init__(self, ms):
         self.ms = ms
+        self.waited_for = False
 
-    def query(self):
-        return Event.now >= self.ms
+    def synchronize(self):
+        self.waited_for = True
 
     def elapsed_time(self, other):
+        assert other.waited_for
         return other.ms - self.ms
-
-
-@pytest.fixture(autouse=True)
-def _device_is_ahead():
-    Event.now = float("inf")
 
 
 def test_kinds_without_a_fixed_number_of_gradients_stay_plain():
@@ -65,8 +60,8 @@ def note(sample, *, begin=0.0, factor=1.0, weights=TIMES.weights, of=None):
         sample.add(launch, Event(begin), Event(begin + ms))
 
 
-def warmed_up(**how):
-    orders = PairOrders()
+def warmed_up(agree=list):
+    orders = PairOrders(agree)
     for _ in range(WARM_UP):
         order, sample = orders.begin(SIDE, SIDE, may_time=True)
         assert (order, sample) == (interleave(SIDE, SIDE), None)
@@ -109,15 +104,62 @@ def test_stages_of_equal_names_have_orders_of_their_own():
     assert learned["first", "first"] != learned["first", "second"]
 
 
-def test_nobody_waits_for_the_device():
-    orders = warmed_up()
-    for _ in range(NUM_SAMPLES):
-        note(orders.begin(SIDE, SIDE, may_time=True)[1], begin=100.0)
-    Event.now = 100.0
-    for _ in range(5):
-        assert orders.begin(SIDE, SIDE, may_time=True) == (interleave(SIDE, SIDE), None)
-    Event.now = 1e9
-    assert orders.begin(SIDE, SIDE, may_time=True)[0] == fill_gaps(SIDE, SIDE, TIMES)
+class Peers:
+    """Ranks that take turns here: each asks with its numbers, and all get the largest."""
+
+    def __init__(self, num_ranks):
+        self.barrier = threading.Barrier(num_ranks)
+        self.values = [None] * num_ranks
+
+    def of(self, rank):
+        def agree(values):
+            self.values[rank] = list(values)
+            self.barrier.wait(timeout=60)
+            found = [max(column) for column in zip(*self.values, strict=True)]
+            self.barrier.wait(timeout=60)
+            return found
+
+        return agree
+
+
+def all_orders(run, num_ranks=2):
+    """What ``run(rank, orders)`` returns on every rank."""
+    peers = Peers(num_ranks)
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(lambda rank: run(rank, warmed_up(peers.of(rank))), range(num_ranks)))
+
+
+def test_ranks_take_the_order_of_the_slowest_at_the_same_pair():
+    """Each by itself would order otherwise: the first has fast weight gradients."""
+    slow = tuple(tuple(100 * w for w in parts) for parts in TIMES.weights)
+
+    def run(rank, orders):
+        found = []
+        for _ in range(NUM_SAMPLES + 2):
+            order, sample = orders.begin(SIDE, SIDE, may_time=True)
+            found.append(order)
+            if sample is not None:
+                note(sample, of=(TIMES.weights, slow)[rank])
+        return found
+
+    first, second = all_orders(run)
+    assert first == second
+    assert first[-1] == fill_gaps(SIDE, SIDE, replace(TIMES, weights=slow))
+    assert first[-1] != fill_gaps(SIDE, SIDE, TIMES)
+    assert first[NUM_SAMPLES - 1] == interleave(SIDE, SIDE)
+
+
+def test_a_rank_with_other_gradients_keeps_all_at_the_plain_order():
+    fewer = (*TIMES.weights[:-2], (2,), ())
+
+    def run(rank, orders):
+        for _ in range(10 * NUM_SAMPLES):
+            order, sample = orders.begin(SIDE, SIDE, may_time=True)
+            if sample is not None:
+                note(sample, weights=(TIMES.weights, fewer)[rank])
+        return order
+
+    assert all_orders(run) == [interleave(SIDE, SIDE)] * 2
 
 
 def test_what_cannot_be_timed_stays_plain():
