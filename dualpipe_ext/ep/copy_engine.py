@@ -50,11 +50,13 @@ class CopyEngineTransport(PeerTransport):
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self.part_ends: tuple[int, ...] | None = None
         """Hook of tests and benchmarks: parts in which segments travel, whatever their size."""
-        self.in_turn = False
-        """Whether rows go to one peer after the other, on one stream; another hook of these, until
-        GPUs have shown that it is faster with several peers."""
-        self.begin_together = False
-        """Whether no rank copies before all have packed their first part; another."""
+        several = config.num_ranks > 2
+        self.in_turn = several
+        """Whether rows go to one peer after the other, on one stream. Copies to all peers at once
+        meet at one receiver: on four GPUs a combine takes 863 us with them, 555 in turn."""
+        self.begin_together = several
+        """Whether no rank copies before all have packed their first part: turns that begin apart
+        meet, too."""
 
     @property
     def link_repeats(self) -> float:

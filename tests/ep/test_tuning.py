@@ -140,10 +140,8 @@ def test_segments_travel_in_parts_if_they_are_large() -> None:
 def test_rows_in_turn_get_larger_parts() -> None:
     config = replace(config_of(4, 8, 7168), max_tokens=4096)
     parts = partial(tuning.segment_parts, in_turn=True)
-    assert parts(2 * 7168, replace(config, max_tokens=16384)) == (2, 5, 8)
-    assert parts(2 * 7168, config) == (4, 8)
-    assert parts(7168, config) == (4, 8)
-    assert parts(7168 // 2, config) == (8,)
+    assert parts(2 * 7168, replace(config, max_tokens=16384)) == (4, 8)
+    assert parts(2 * 7168, config) == (8,)
     assert parts(2 * 7168, replace(config, max_tokens=0)) == (8,)
 
 
