@@ -21,8 +21,10 @@ struct Place {
 };
 
 __device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local, uint32_t rank) {
-  return {args.layout.control.state.in(args.peers.base[rank]), args.records + local,
-          ptx::globaltimer_ns(), args.timeout_ns};
+  const ControlLayout& control = args.layout.control;
+  uint8_t* base = args.peers.base[rank];
+  return {control.state.in(base), args.records + local,     ptx::globaltimer_ns(),
+          args.timeout_ns,        control.permits.in(base), args.peers.num_ranks};
 }
 
 // Called by all threads of every CTA as the last thing: the last CTA of the rank counts `*epoch`

@@ -26,14 +26,17 @@ struct Watchdog {
   ErrorRecord* record;  // of this rank, in host-mapped memory
   uint64_t started_ns;  // when the kernel began, by ptx::globaltimer_ns: its waits share the time
   uint64_t timeout_ns;
+  const PermitLine* permits;  // [R], of this rank; null where none are given
+  uint32_t num_ranks;
 
   // True once any thread of this rank has failed, in this kernel or in an earlier one.
   __device__ bool aborted() const { return ptx::ld_relaxed_gpu(&state->abort) != 0; }
   __device__ bool expired() const { return ptx::globaltimer_ns() - started_ns >= timeout_ns; }
 
   // The first failure of a rank is the one that is told: later ones follow from it.
-  __device__ void report(const WaitSite& site, uint32_t expected, uint32_t seen) const {
+  __device__ void report(WaitSite site, uint32_t expected, uint32_t seen) const {
     if (atomicCAS(&state->abort, 0u, 1u) != 0u) return;
+    find_cause(site, seen);
     record->phase = static_cast<uint32_t>(site.phase);
     record->rank = site.rank;
     record->peer = site.peer;
@@ -42,6 +45,26 @@ struct Watchdog {
     record->seen = seen;
     record->epoch = site.epoch;
     ptx::st_release_sys(&record->code, static_cast<uint32_t>(ErrorCode::kTimeout));
+  }
+
+  // Rows can be late because of a third rank: their sender waits for all its permits before it
+  // sends. A rank gives all permits at once, so the one that has not given this rank its own is the
+  // one that others wait for.
+  __device__ void find_cause(WaitSite& site, uint32_t& seen) const {
+    const bool for_rows = site.phase == Phase::kDispatchRows || site.phase == Phase::kCombineRows;
+    if (!for_rows || permits == nullptr) return;
+    if (!epoch_reached(ptx::ld_relaxed_sys(&permits[site.peer].epoch), site.epoch)) return;
+    for (uint32_t rank = 0; rank < num_ranks; ++rank) {
+      if (rank == site.rank) continue;
+      const uint32_t given = ptx::ld_relaxed_sys(&permits[rank].epoch);
+      if (epoch_reached(given, site.epoch)) continue;
+      const bool dispatches = site.phase == Phase::kDispatchRows;
+      site.phase = dispatches ? Phase::kDispatchPermit : Phase::kCombinePermit;
+      site.peer = rank;
+      site.chunk = 0;
+      seen = given;
+      return;
+    }
   }
 
   // Looked at now and then while waiting: true ends the wait, and the reason is recorded.

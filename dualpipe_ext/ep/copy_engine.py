@@ -34,7 +34,8 @@ class CopyEngineTransport(PeerTransport):
     transit_slabs = 2
     moves_parts = True
     # In token layout; kernels of the expert layout, which write several times as much, get twice
-    # as many. SMs move some 45 GB/s each, so more of them take less time, not more SM time.
+    # as many, and so do those of ranks with several peers, to whom a row goes several times. SMs
+    # move some 45 GB/s each, so more of them take less time, not more SM time.
     default_num_sms = 16
 
     @property
@@ -43,14 +44,15 @@ class CopyEngineTransport(PeerTransport):
 
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
+        several = config.num_ranks > 2
         self._expert_sms = self.num_sms
         if not config.num_sms:
-            self._expert_sms = self.within_gpu(2 * self.default_num_sms)
+            default = self.default_num_sms * (2 if several else 1)
+            self.num_sms, self._expert_sms = map(self.within_gpu, (default, 2 * default))
         self._lanes = self.core.CopyLanes(config.num_ranks)
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self.part_ends: tuple[int, ...] | None = None
         """Hook of tests and benchmarks: parts in which segments travel, whatever their size."""
-        several = config.num_ranks > 2
         self.in_turn = several
         """Whether rows go to one peer after the other, on one stream. Copies to all peers at once
         meet at one receiver: on four GPUs a combine takes 863 us with them, 555 in turn."""

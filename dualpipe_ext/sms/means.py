@@ -175,7 +175,7 @@ _BY_NAME: dict[str, type[Untold]] = {
 MEANS = tuple(_BY_NAME)
 # Which of them a run takes that asks for none: the best of those that have been measured
 # (docs/LOG.md, "Overlapped pairs"), by `dualpipe bench pipeline --sm-means ...`.
-DEFAULT_MEANS = "none"
+DEFAULT_MEANS = "yielding"
 
 
 def check_means(means: object) -> None:
