@@ -130,6 +130,12 @@ bench() {  # one after the other: they measure
   # Two layers: with four, the weights of 256 experts nearly fill two GPUs.
   run bench-pipeline "${dualpipe[@]}" pipeline --layers 2 --rounds 3 --output "$out/pipeline.csv" \
     --picture "$out/pair.png"
+  # As many experts' rows to an expert as where experts are spread over many GPUs.
+  run bench-pair "${dualpipe[@]}" pipeline --parts pair --experts 32 --layers 4 --rounds 3 \
+    --transports copy_engine --sm-means none,yielding --output "$out/pipeline.csv" \
+    --picture "$out/pair-32.png"
+  run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0
+  cp benchmarks/results/loss_curves.csv docs/loss-curves.png "$out" || status=1
 }
 
 case ${1:-test} in

@@ -203,20 +203,33 @@ def percent(column: str) -> Callable[[Row], str]:
     return number(column, ".1%")
 
 
+def _by(rows: Sequence[Row], *names: str) -> list[list[Row]]:
+    """The rows in groups of equal values, which are numbers, smallest first."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(int(row[name]) for name in names), []).append(row)
+    return [groups[key] for key in sorted(groups)]
+
+
 def pairs() -> str:
-    """The overlapped pair, on the link as it is and throttled."""
-    shape = ("ep", "layers", "tokens", "hidden", "experts", "transport", "num_sms", "sm_means")
+    """The overlapped pair, on the link as it is and throttled; by sizes."""
+    sizes = ("ep", "experts", "layers")
+    shape = (*sizes, "tokens", "hidden", "transport", "num_sms", "sm_means")
     rows = rows_of("pipeline", (*shape, "part"), lambda row: row["repeats"] in _ONE)
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
+    return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
 
+
+def _pairs_of(rows: Sequence[Row]) -> str:
     def transport(row: Row) -> str:
         sms = f", {row['num_sms']} SMs" if row["num_sms"] else ""
-        told = f", compute told by {row['sm_means']}" if row["sm_means"] != "none" else ""
+        told = f", {row['sm_means']}" if row["sm_means"] != "none" else ""
         slower = "" if row["repeats"] in _ONE else f", link {float(row['repeats']):.0f}x slower"
         return f"{row['transport']}{sms}{told}{slower}"
 
+    first = rows[0]
     columns = {
-        "ms": transport,
+        f"ms; {first['ep']} ranks, {first['experts']} experts, {first['layers']} layers": transport,
         "compute alone": number("compute_ms"),
         "communication alone": number("comm_ms"),
         "serial": number("serial_ms_p50"),
@@ -225,27 +238,26 @@ def pairs() -> str:
         "pair / longer one": number("pair_over_longer", ".3f"),
         "hidden": percent("hidden_share"),
     }
-    first = rows[0]
     return (
         f"{markdown(rows, columns)}\n"
-        f"*{first['layers']} layers, {first['ep']} ranks of {first['tokens']} tokens x "
-        f"{first['hidden']}, {first['experts']} experts of width {first['expert_hidden']}, "
-        f"top-{first['top_k']}; medians, slowest rank. On {source(rows)}*\n"
+        f"*{first['tokens']} tokens a rank x {first['hidden']}, experts of width "
+        f"{first['expert_hidden']}, top-{first['top_k']}; medians, slowest rank. On "
+        f"{source(rows)}*\n"
     )
 
 
 def steps() -> str:
-    """Whole steps under each schedule."""
+    """Whole steps under each schedule; by ranks."""
     shape = ("pp", "ep", "layers", "tokens", "hidden", "experts", "part", "schedule")
     rows = rows_of("pipeline", shape)
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
+    return "\n".join(_steps_of(group) for group in _by(rows, "pp", "ep"))
 
-    def schedule(row: Row) -> str:
-        sent = f", sends by {row['stage_transport']}" if row["stage_transport"] else ""
-        return f"{row['schedule']}{sent}"
 
+def _steps_of(rows: Sequence[Row]) -> str:
+    first = rows[0]
     columns = {
-        "schedule": schedule,
+        f"schedule, {first['pp']} x {first['ep']} ranks": lambda row: row["schedule"],
         "ms a step": number("step_ms_p50"),
         "tokens/s": number("tokens_per_s", ",.0f"),
         "MFU": percent("mfu"),
@@ -254,11 +266,12 @@ def steps() -> str:
         "ms simulated": number("predicted_span_ms"),
         "ms to its last action": number("span_ms"),
     }
-    first = rows[0]
+    sent = {row["stage_transport"] for row in rows} - {""}
+    sends = f", from stage to stage by {', '.join(sorted(sent))}" if sent else ""
     return (
         f"{markdown(rows, columns)}\n"
         f"*{first['pp']} pipeline x {first['ep']} expert-parallel ranks of {first['layers']} "
-        f"layers, {first['num_chunks']} micro-batches of {first['tokens']} tokens x "
+        f"layers{sends}, {first['num_chunks']} micro-batches of {first['tokens']} tokens x "
         f"{first['hidden']}, {first['experts']} experts; the simulator is given the medians of the "
         f"actions' times. On {source(rows)}*\n"
     )

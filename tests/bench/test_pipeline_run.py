@@ -85,7 +85,12 @@ def test_table(found, capsys, monkeypatch):
     assert max(map(len, printed.splitlines()[:3])) <= 80
     assert "\u2026" not in printed
     assert "Steps, from stage to stage by collective" in printed
-    for text in ("limit", "dualpipev", "FAILED: dualpipe: ", "unavailable: nvlink 8 SMs, yielding: "):
+    for text in (
+        "limit",
+        "dualpipev",
+        "FAILED: dualpipe: ",
+        "unavailable: nvlink 8 SMs, yielding: ",
+    ):
         assert text in printed
 
 
