@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dualpipe_ext.files import check_picture, check_target, replacing
 from dualpipe_ext.profiling.report import OverlapReport, analyze
-from dualpipe_ext.profiling.trace import COMM_PATTERNS, WAIT_PATTERNS, read_trace
+from dualpipe_ext.profiling.trace import COMM_PATTERNS, WAIT_PATTERNS, Trace, read_trace
 
 
 def command(
@@ -67,6 +67,12 @@ def command(
     _print_figures(console, report)
     _print_phases(console, report)
     _print_gaps(console, report, num_gaps)
+    _write(console, found, report, out=out, as_json=as_json)
+
+
+def _write(
+    console: Console, found: Trace, report: OverlapReport, *, out: Path | None, as_json: Path | None
+) -> None:
     if as_json is not None:
         with replacing(as_json) as file:
             file.write((json.dumps(report.to_dict(), indent=1) + "\n").encode())

@@ -6,6 +6,7 @@ What belongs here: the options, the table on the terminal, and handing the rest 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -71,20 +72,27 @@ def command(
     for path in files:
         check_target(path)
     durations = Durations(F=f, B=b, I=i, W=w, FB=fb, comm=comm)  # type: ignore[arg-type]
+    scores, simulations = _try_all(kinds, durations, ranks, chunks, keep=bool(files))
+    problems = [row.problem for row in scores if row.problem]
+    if problems and (not every or len(problems) == len(scores)):
+        raise ValueError(problems[0])
+    console = Console(soft_wrap=True, highlight=False)
+    _print_table(console, scores, durations, ranks, chunks)
+    _write_files(console, simulations, out=out, csv=csv, trace=trace)
+
+
+def _try_all(
+    kinds: Sequence[str], durations: Durations, ranks: int, chunks: int, *, keep: bool
+) -> tuple[list[Score], list[Simulation]]:
+    """Every kind's score, and the simulations, which are large, if they are to be kept."""
     scores: list[Score] = []
     simulations: list[Simulation] = []
     for name in kinds:
         row, simulation = try_kind(name, num_ranks=ranks, num_chunks=chunks, durations=durations)
-        if row.problem and not every:
-            raise ValueError(row.problem)
         scores.append(row)
-        if files and simulation is not None:  # large ones are not kept for nothing
+        if keep and simulation is not None:
             simulations.append(simulation)
-    if all(row.problem for row in scores):
-        raise ValueError(scores[0].problem)
-    console = Console(soft_wrap=True, highlight=False)
-    _print_table(console, scores, durations, ranks, chunks)
-    _write_files(console, simulations, out=out, csv=csv, trace=trace)
+    return scores, simulations
 
 
 def _print_table(

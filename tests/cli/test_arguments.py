@@ -16,9 +16,7 @@ from dualpipe_ext.cli.arguments import takes
 
 MOST_LINES = 60
 FILES = sorted(
-    path
-    for name in ("train.py", "eplb.py", "bench/*.py")
-    for path in Path(cli.__file__).parent.glob(name)
+    path for name in ("*.py", "bench/*.py") for path in Path(cli.__file__).parent.glob(name)
 )
 
 
