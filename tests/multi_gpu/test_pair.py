@@ -1,4 +1,4 @@
-"""Overlapped against serial on two GPUs, bit for bit: every transport at every memory level."""
+"""Overlapped against serial, bit for bit: every transport at every memory level."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from tests.gpu.test_bench_pipeline import WIDE
+from tests.multi_gpu import RANKS
 
 TRANSPORTS = ("nvlink", "copy_engine", "collective")
 
@@ -52,7 +53,7 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
 
 
 def test_pairs_have_the_bits_of_serial_runs_and_of_each_other() -> None:
-    found = start(every_pair, 2, virtual=False, device_type="cuda")
+    found = start(every_pair, RANKS, virtual=False, device_type="cuda")
     assert len(found) == len(TRANSPORTS) * 4
     for name, (first, second) in found.items():
         assert first == second, name

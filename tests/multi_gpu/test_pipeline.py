@@ -21,13 +21,12 @@ from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.plan import build_plan
 from dualpipe_ext.pipeline.runtime import DualPipe, DualPipeV, Pipeline
 from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
+from tests.multi_gpu import RANKS
 from tests.pipeline.test_runtime import Case, Mlp, Phased, Varied, mse
 
 both = pytest.mark.parametrize("transport", ["copy_engine", "collective"])
 
 KINDS = ("dualpipe", "dualpipev", "1f1b", "zb1p", "zbv")
-# Ranks in the middle of a pipe have neighbours on both sides.
-RANKS = 4 if torch.cuda.device_count() >= 4 else 2
 SMALL_RING = 1024  # every message is cut, waits for room, and goes round and round
 
 

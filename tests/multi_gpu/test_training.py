@@ -1,4 +1,4 @@
-"""Training on two GPUs does not depend on how tokens travel."""
+"""Training with expert parallelism does not depend on how tokens travel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.training import TrainConfig, Trainer
 from dualpipe_ext.training.data import load_text
+from tests.multi_gpu import RANKS
 
 MODEL = ModelConfig(
     hidden=256, num_heads=4, num_layers=2, num_experts=16, expert_hidden=128, shared_hidden=128
 )
 CONFIG = TrainConfig(
-    model=MODEL, pp=1, ep=2, batch=16, seq_len=256, steps=12, warmup=3, redundant_experts=2
+    model=MODEL,
+    pp=1,
+    ep=RANKS,
+    batch=8 * RANKS,
+    seq_len=256,
+    steps=12,
+    warmup=3,
+    redundant_experts=RANKS,
 )
 TEXT = load_text(None)[:200_000]
 
@@ -38,10 +46,10 @@ def test_losses_are_the_same_bits_with_every_transport(dtype: str) -> None:
     runs = {}
     for transport in ("collective", "nvlink", "copy_engine"):
         config = replace(CONFIG, dtype=dtype, transport=transport)
-        ranks = run_ranks(losses, 2, config, run_timeout_s=120)
-        assert ranks[0] == ranks[1]
+        ranks = run_ranks(losses, RANKS, config, run_timeout_s=120)
+        assert ranks == [ranks[0]] * RANKS
         runs[transport] = ranks[0]
-    again = run_ranks(losses, 2, replace(CONFIG, dtype=dtype, transport="nvlink"))[0]
+    again = run_ranks(losses, RANKS, replace(CONFIG, dtype=dtype, transport="nvlink"))[0]
     assert again == runs["nvlink"], "a run is not repeatable in itself"
     assert runs["nvlink"] == runs["collective"]
     assert runs["copy_engine"] == runs["collective"]
