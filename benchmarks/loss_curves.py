@@ -81,10 +81,11 @@ def _without_ranks(arguments: list[str]) -> list[str]:
     """Without the options that say how ranks share the work; each has a value behind it."""
     kept, given = [], iter(arguments)
     for argument in given:
-        if argument in ("--pp", "--ep", "--schedule", "--stage-transport", "--rebalance-every"):
-            next(given, None)
-        else:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--pp", "--ep", "--schedule", "--stage-transport", "--rebalance-every"):
             kept.append(argument)
+        elif not equals:
+            next(given, None)
     return kept
 
 

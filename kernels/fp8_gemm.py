@@ -151,7 +151,8 @@ def grouped_mm_fp8(
         w: weights [G, K, N].
         offsets: int32 [G], non-decreasing, at most M.
         out_dtype: bfloat16, float16 or float32; on a CPU also float64.
-        max_sms: SMs to leave the others idle for, communication say; None for all.
+        max_sms: SMs to use at most, to leave the others to communication say, or ``SHORT_CTAS``
+            (``grouped_gemm.py``); None for all.
 
     Returns:
         [M, N]; rows past ``offsets[-1]`` are zero. The same bits whatever ``max_sms``.
@@ -202,7 +203,7 @@ def grouped_mm_fp8_weight_grad(
         grad: the same of [M, N].
         offsets: int32 [G], non-decreasing, at most M.
         out_dtype: bfloat16, float16 or float32; on a CPU also float64.
-        max_sms: SMs for the product, of which the quantising before it takes no notice.
+        max_sms: the same for the product; the quantising before it takes no notice of it.
 
     Returns:
         [G, K, N]; zero for empty groups.

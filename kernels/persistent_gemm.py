@@ -11,13 +11,14 @@ computes it. A launch has one of two grids:
 - Persistent: ``max_sms`` CTAs at most, each taking one tile after the other from a queue. With
   fixed shares of tiles, a CTA whose SM is taken by communication at first would end late by all
   that time; from a queue the others take its tiles meanwhile.
-- Short CTAs (``max_sms=SHORT_CTAS``): one for every few tiles, over in some tens of microseconds.
-  Whenever one ends, a kernel on a stream of higher priority may have its SM, so communication waits
-  no longer than that, and takes no more SMs than it has CTAs.
+- Short CTAs (``max_sms=SHORT_CTAS``): one for every few tiles, over in some tens of microseconds
+  (longer where few groups have most of the rows that a weight gradient sums). Whenever one ends, a
+  kernel on a stream of higher priority may have its SM, so communication waits no longer than that,
+  and takes no more SMs than it has CTAs.
 
 Shapes: M rows, G groups, K inputs, N outputs, P rows padded to whole blocks of 128 per group.
-``offsets`` int32 [G] holds the END row of each group. Offsets that decrease or exceed M give a
-wrong result, but never an access outside the tensors.
+``offsets`` int32 [G] holds the END row of each group. Offsets that decrease or exceed M leave
+undefined values, but never an access outside the tensors.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _INTERPRETED_SMS = 4
 # Steps along the inner size that a short CTA has at least, if it has more than one tile: 0.4 us
 # each on an H200 (`dualpipe bench gemm`), against two microseconds to start a CTA.
 _SHORT_STEPS = 128
+# CTAs that each SM has one after the other, at least, if they have more than one tile.
+_SHORT_WAVES = 4
 # As many steps take as long as storing a tile and starting on the next.
 _STORE_STEPS = 8
 
@@ -244,13 +247,15 @@ class _Grid(NamedTuple):
 
 
 def _grid(device: torch.device, max_sms: int | None, num_tiles: int, steps_of_tile: int) -> _Grid:
-    if max_sms == SHORT_CTAS:
-        each = max(1, _SHORT_STEPS // (steps_of_tile + _STORE_STEPS))
-        return _Grid(-(-num_tiles // each), each, None)
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     else:
         num_sms = _INTERPRETED_SMS
+    if max_sms == SHORT_CTAS:
+        # Not so many that SMs have none, nor that few have one more than the others.
+        fair = num_tiles // (_SHORT_WAVES * num_sms)
+        each = max(1, min(fair, _SHORT_STEPS // (steps_of_tile + _STORE_STEPS)))
+        return _Grid(-(-num_tiles // each), each, None)
     num_ctas = min(num_sms, num_tiles, num_sms if max_sms is None else max_sms)
     return _Grid(num_ctas, 1, torch.zeros(1, dtype=torch.int32, device=device))
 

@@ -35,9 +35,9 @@ def weighted_rows_grad(
         weights: [M], any float dtype; None if the gradient of the rows is not wanted.
 
     Returns:
-        [M, H] in the dtype of ``grad``, or None without ``weights``; and float32 (float64 for
-        float64 rows) [M], or None without ``rows``. A row is summed in a fixed order, so the result
-        has the same bits every time.
+        [M, H] in the dtype of ``grad``, or None without ``weights``; and float32 (float64 for a
+        float64 ``grad``) [M], or None without ``rows``. A row is summed in a fixed order, so the
+        result has the same bits every time.
 
     Example: grad [[1, 2]], rows [[3, 4]], weights [0.5] give [[0.5, 1]] and [11].
     """
@@ -45,7 +45,7 @@ def weighted_rows_grad(
     # Not where a compiler traces, which fuses the torch operations itself.
     if type(grad) is not Tensor or not runs_triton(grad):
         exact = grad.to(wide)
-        products = None if rows is None else (exact * rows).sum(dim=1)
+        products = None if rows is None else (exact * rows.to(wide)).sum(dim=1)
         if weights is None:
             return None, products
         return (exact * weights.to(wide).unsqueeze(1)).to(grad.dtype), products

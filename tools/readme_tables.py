@@ -213,8 +213,8 @@ def _by(rows: Sequence[Row], *names: str) -> list[list[Row]]:
 
 def pairs() -> str:
     """The overlapped pair, on the link as it is and throttled; by sizes."""
-    sizes = ("ep", "experts", "layers")
-    shape = (*sizes, "tokens", "hidden", "transport", "num_sms", "sm_means")
+    sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
+    shape = (*sizes, "transport", "num_sms", "sm_means")
     rows = rows_of("pipeline", (*shape, "part"), lambda row: row["repeats"] in _ONE)
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
@@ -248,10 +248,10 @@ def _pairs_of(rows: Sequence[Row]) -> str:
 
 def steps() -> str:
     """Whole steps under each schedule; by ranks."""
-    shape = ("pp", "ep", "layers", "tokens", "hidden", "experts", "part", "schedule")
-    rows = rows_of("pipeline", shape)
+    sizes = ("pp", "ep", "layers", "num_chunks", "tokens", "hidden", "experts")
+    rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"))
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
-    return "\n".join(_steps_of(group) for group in _by(rows, "pp", "ep"))
+    return "\n".join(_steps_of(group) for group in _by(rows, *sizes))
 
 
 def _steps_of(rows: Sequence[Row]) -> str:

@@ -20,11 +20,14 @@ struct Place {
   }
 };
 
-__device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local, uint32_t rank) {
+// `matrix`: of a transfer whose senders wait for permits.
+__device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local, uint32_t rank,
+                                         const int32_t* matrix = nullptr) {
   const ControlLayout& control = args.layout.control;
   uint8_t* base = args.peers.base[rank];
   return {control.state.in(base), args.records + local,     ptx::globaltimer_ns(),
-          args.timeout_ns,        control.permits.in(base), args.peers.num_ranks};
+          args.timeout_ns,        control.permits.in(base), matrix,
+          args.peers.num_ranks};
 }
 
 // Called by all threads of every CTA as the last thing: the last CTA of the rank counts `*epoch`

@@ -26,7 +26,8 @@ struct Watchdog {
   ErrorRecord* record;  // of this rank, in host-mapped memory
   uint64_t started_ns;  // when the kernel began, by ptx::globaltimer_ns: its waits share the time
   uint64_t timeout_ns;
-  const PermitLine* permits;  // [R], of this rank; null where none are given
+  const PermitLine* permits;  // [R], of this rank
+  const int32_t* matrix;  // [R, R], tokens of a rank to another; null where nobody needs permits
   uint32_t num_ranks;
 
   // True once any thread of this rank has failed, in this kernel or in an earlier one.
@@ -47,18 +48,21 @@ struct Watchdog {
     ptx::st_release_sys(&record->code, static_cast<uint32_t>(ErrorCode::kTimeout));
   }
 
-  // Rows can be late because of a third rank: their sender waits for all its permits before it
-  // sends. A rank gives all permits at once, so the one that has not given this rank its own is the
-  // one that others wait for.
+  // Rows can be late because of a third rank: their sender waits for the permits of all ranks that
+  // it sends to before it sends to any. A rank gives all its permits at once, so one that has not
+  // given this rank its own is the one that the sender waits for.
   __device__ void find_cause(WaitSite& site, uint32_t& seen) const {
     const bool for_rows = site.phase == Phase::kDispatchRows || site.phase == Phase::kCombineRows;
-    if (!for_rows || permits == nullptr) return;
+    if (!for_rows || matrix == nullptr) return;
+    const bool dispatches = site.phase == Phase::kDispatchRows;
     if (!epoch_reached(ptx::ld_relaxed_sys(&permits[site.peer].epoch), site.epoch)) return;
     for (uint32_t rank = 0; rank < num_ranks; ++rank) {
-      if (rank == site.rank) continue;
+      if (rank == site.rank || rank == site.peer) continue;
+      // What goes to a rank in a dispatch comes back from it in a combine.
+      const uint32_t from = dispatches ? site.peer : rank, to = dispatches ? rank : site.peer;
+      if (matrix[from * num_ranks + to] == 0) continue;
       const uint32_t given = ptx::ld_relaxed_sys(&permits[rank].epoch);
       if (epoch_reached(given, site.epoch)) continue;
-      const bool dispatches = site.phase == Phase::kDispatchRows;
       site.phase = dispatches ? Phase::kDispatchPermit : Phase::kCombinePermit;
       site.peer = rank;
       site.chunk = 0;

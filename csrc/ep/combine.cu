@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   extern __shared__ __align__(128) uint8_t memory[];
   const Place place = Place::here(args.launch);
   const CombineCall& call = args.calls[place.local];
-  const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);
+  const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank, call.matrix);
   if (__syncthreads_or(watchdog.aborted())) return;
   const SharedLayout shared(args);
   int32_t* first_rows = reinterpret_cast<int32_t*>(memory + shared.first_rows_offset(args));

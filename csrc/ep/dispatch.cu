@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   extern __shared__ __align__(128) uint8_t memory[];
   const Place place = Place::here(args.launch);
   const DispatchCall& call = args.calls[place.local];
-  const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);
+  const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank, call.matrix);
   if (__syncthreads_or(watchdog.aborted())) return;
   const Dispatch d{{args, call, watchdog, watchdog.state->transfer_epoch + 1}};
   const SharedLayout shared(args);

@@ -98,19 +98,11 @@ def within_calls(document: dict[str, Any]) -> dict[str, Any]:
         and "correlation" in e.get("args", ())
         and start <= e["ts"] < end
     }
-    begin = min(
-        (
-            e["ts"]
-            for e in events
-            if e.get("cat") in _GPU_CATEGORIES and e["args"].get("correlation") in launched
-        ),
-        default=end,
-    )
     kept = [
         e
         for e in events
         if e.get("name") != _SPAN
-        and (e.get("cat") not in _GPU_CATEGORIES or begin <= e["ts"] < end)
+        and (e.get("cat") not in _GPU_CATEGORIES or e["args"].get("correlation") in launched)
     ]
     return {**document, "traceEvents": kept}
 

@@ -8,7 +8,6 @@ Shapes: R ranks.
 
 from __future__ import annotations
 
-import datetime
 import socket
 from dataclasses import dataclass, replace
 
@@ -17,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext import core
+from dualpipe_ext.agreement import gather_through_store
 from dualpipe_ext.ep.transport import Ranks, TransportConfig
-from dualpipe_ext.errors import CommTimeoutError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,22 +74,12 @@ def meet(config: Ranks) -> None:
         return
     if config.num_ranks == 1:
         return
-    # Through the store: it needs no GPU, and it has a time-out of its own.
-    store = dist.distributed_c10d._get_default_store()
     name = config.group.group_name
     serial = _meetings.get(name, 0)
     _meetings[name] = serial + 1
-    key = f"dualpipe/{name}/{serial}"
-    store.set(f"{key}/{config.rank}", "")
-    keys = [f"{key}/{rank}" for rank in range(config.num_ranks)]
-    try:
-        store.wait(keys, datetime.timedelta(seconds=config.timeout_s))
-    except RuntimeError:  # dist.DistStoreError
-        absent = [rank for rank, one in enumerate(keys) if not store.check([one])]
-        raise CommTimeoutError(
-            f"rank {config.rank}, meeting of the ranks: expected ranks {absent} to come within "
-            f"{config.timeout_s:g} s"
-        ) from None
+    gather_through_store(
+        str(serial), config.group, "", timeout_s=config.timeout_s, what="meeting of the ranks"
+    )
 
 
 # Meetings of each group so far: every rank of it counts alike.

@@ -4,12 +4,14 @@ What belongs here: :class:`Sample`, the marks of one timed pair, and :class:`Pai
 hands out the plain order until enough pairs have been timed, and then the one that
 ``launch_order.py`` finds for the times. Ranks that exchange tokens within their pairs need one
 order: a rank that computes something else first is waited for by the others. So they agree on the
-times, and all begin with the new order at the same pair; once in a run the host waits for its
-device for that.
+times, and all begin with the new order at the same pair. For that the host waits for its device,
+and for those ranks, once for each kind of pair and number of communication SMs (three times at
+most, if pairs do not have the same gradients).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from statistics import median
@@ -42,8 +44,13 @@ class Sample:
         """Note a launch by its events, which can tell the time between them."""
         self._marks[launch] = begin, end
 
-    def launches(self) -> set[Launch]:
-        return set(self._marks)
+    def kind(self) -> int:
+        """A number that only samples of the same launches share, with W's of a weight alike; never
+        zero."""
+        launches = sorted(self._marks)
+        first: dict[Hashable, int] = {}
+        weights = [first.setdefault(self.weights.get(w), len(first)) for w in launches]
+        return 1 + zlib.crc32(repr([*map(tuple, launches), *weights]).encode())
 
     def seconds(self) -> dict[Launch, float]:
         """Of every launch. Waits until the device is through with all of them."""
@@ -128,10 +135,10 @@ class _Kind:
         samples, self._samples = self._samples, []
         self._tries += 1
         self._settled = self._tries == _TRIES
-        kinds = {frozenset(sample.launches()) for sample in samples}
-        number = len(samples[0].launches()) if len(kinds) == 1 else 0
-        most, least = self._agree([number, -number])
-        if number == 0 or most != -least:
+        kinds = {sample.kind() for sample in samples}
+        kind = kinds.pop() if len(kinds) == 1 else 0
+        most, least = self._agree([kind, -kind])
+        if kind == 0 or most != -least:
             return  # they, or another rank's, had not the same gradients to compute: once more
         times = self._times(samples)
         self._order = fill_gaps(self._forward, self._backward, times)

@@ -25,7 +25,8 @@ receiver is full of what was sent before.
 
 Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an error that names the
 ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
-first message of a stage boundary and at the end of the step. In between, every wait of the device
+first message of a stage boundary, at the end of the step, and, of ``peers``, where pairs take the
+order that their times ask for, once or a few times in a run. In between, every wait of the device
 ends after ``timeout_s`` too where copy engines send, and the host raises at its next call; with
 NCCL its watchdog ends the process if a peer stalls for longer than ``timeout_s`` and a minute.
 """
@@ -42,7 +43,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dualpipe_ext.agreement import largest_of_ranks
+from dualpipe_ext.agreement import Agreement
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.pipeline import microbatch, mirror
 from dualpipe_ext.pipeline.connections import DEFAULT_RING_BYTES, ConnectionOptions, connect
@@ -95,7 +96,9 @@ class Pipeline(nn.Module):
         partition: is told when steps begin and end, and what runs in pairs.
         peers: the ranks that run the same stages in step with this one and communicate within
             them: an expert-parallel group. They then launch pairs in the same order, which all of
-            them take from the times of the slowest.
+            them take from the times of the slowest. All of them make the same pipelines in the
+            same order, run the same pairs, capture the same ones in CUDA graphs, and change the
+            partition at the same place.
 
     Attributes:
         stages: the modules.
@@ -152,7 +155,8 @@ class Pipeline(nn.Module):
                 f"expected {len(ids)} stage{'s' * (len(ids) > 1)} per rank for {layout.kind}, "
                 f"got {len(self.stages)}"
             )
-        agree = list if peers is None else partial(largest_of_ranks, self._device, peers)
+        alone = peers is None or peers.size() == 1
+        agree = list if alone else Agreement(peers, timeout_s).largest
         self._launcher = Launcher(self._device, on_launch, partition, agree)
         self._local = {
             stage: LocalStage(module, self._launcher, self._store)

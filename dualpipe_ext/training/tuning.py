@@ -17,6 +17,7 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.ep.registry import ENVIRONMENT_VARIABLE
 from dualpipe_ext.sms import AUTO, Candidate, SMPartition, SMTuner, Tuning, check_comm_sms
 from dualpipe_ext.sms import tuner as sm_tuner
+from dualpipe_ext.sms.means import depends_on_number
 
 
 def check_sms(comm_sms: int | str, means: str, transport: str) -> None:
@@ -92,7 +93,7 @@ def described(partition: SMPartition, tuner: SMTuner | None) -> str:
     if number is None:
         return "none of its own"
     text = "copy engines" if number == 0 else f"{number} of {partition.num_sms} SMs"
-    if partition.means != "none" and number:
+    if partition.means != "none" and (number or not depends_on_number(partition.means)):
         text += f", compute told by {partition.means}"
     if tuner is None:
         return text + (", the transport's own" if partition.asked == AUTO else "")

@@ -24,8 +24,10 @@ def test_only_what_ran_in_the_calls_is_left():
         event("cuda_runtime", "no launch", 102),
         event("kernel", "of an earlier call, while the host was ahead", 110, correlation=2),
         event("kernel", "gemm", 120, correlation=3),
-        event("gpu_memcpy", "copy", 149, correlation=4),
-        event("gpu_memcpy", "late", 150, correlation=5),
+        event("cuda_driver", "another launch", 149, correlation=4),
+        event("gpu_memcpy", "copy, ahead of what was launched before it", 105, correlation=4),
+        event("cuda_runtime", "later launch", 150, correlation=5),
+        event("gpu_memcpy", "late", 151, correlation=5),
     ]
     kept = within_calls({"traceEvents": events, "deviceProperties": [1]})
     assert [e["name"] for e in kept["traceEvents"]] == [
@@ -34,7 +36,9 @@ def test_only_what_ran_in_the_calls_is_left():
         "launch",
         "no launch",
         "gemm",
-        "copy",
+        "another launch",
+        "copy, ahead of what was launched before it",
+        "later launch",
     ]
     assert kept["deviceProperties"] == [1]
 

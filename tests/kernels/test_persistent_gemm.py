@@ -117,8 +117,15 @@ def test_columns_with_scales(ends, num_rows):
 
 @pytest.mark.parametrize(("steps", "tiles"), [(1, 14), (8, 8), (56, 2), (57, 1), (500, 1)])
 def test_short_ctas_have_about_as_much_to_do(steps, tiles):
-    grid = persistent_gemm._grid(torch.device("cpu"), SHORT_CTAS, 100, steps)
-    assert (grid.num_ctas, grid.tiles_each, grid.queue) == (-(-100 // tiles), tiles, None)
+    grid = persistent_gemm._grid(torch.device("cpu"), SHORT_CTAS, 1000, steps)
+    assert (grid.num_ctas, grid.tiles_each, grid.queue) == (-(-1000 // tiles), tiles, None)
+
+
+@pytest.mark.parametrize(("num_tiles", "each"), [(1, 1), (31, 1), (32, 2), (100, 6), (500, 14)])
+def test_short_ctas_leave_no_sm_idle(num_tiles, each):
+    """Four SMs in the interpreter, four CTAs for each of them at least."""
+    grid = persistent_gemm._grid(torch.device("cpu"), SHORT_CTAS, num_tiles, 1)
+    assert (grid.num_ctas, grid.tiles_each) == (-(-num_tiles // each), each)
 
 
 def test_more_tiles_than_a_sweep():

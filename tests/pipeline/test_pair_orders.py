@@ -6,6 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import pytest
+
 from dualpipe_ext.pipeline.launch_order import Launch, PairTimes, fill_gaps, interleave
 from dualpipe_ext.pipeline.overlap import Phase
 from dualpipe_ext.pipeline.pair_orders import NUM_SAMPLES, WARM_UP, PairOrders
@@ -149,14 +151,20 @@ def test_ranks_take_the_order_of_the_slowest_at_the_same_pair():
     assert first[NUM_SAMPLES - 1] == interleave(SIDE, SIDE)
 
 
-def test_a_rank_with_other_gradients_keeps_all_at_the_plain_order():
-    fewer = (*TIMES.weights[:-2], (2,), ())
-
+@pytest.mark.parametrize(
+    "others",
+    [
+        (TIMES.weights, (*TIMES.weights[:-2], (2,), ())),
+        # As many, but not the same.
+        (((1,), *TIMES.weights[1:]), (*TIMES.weights[:-2], (2,), ())),
+    ],
+)
+def test_a_rank_with_other_gradients_keeps_all_at_the_plain_order(others):
     def run(rank, orders):
         for _ in range(10 * NUM_SAMPLES):
             order, sample = orders.begin(SIDE, SIDE, may_time=True)
             if sample is not None:
-                note(sample, weights=(TIMES.weights, fewer)[rank])
+                note(sample, weights=others[rank])
         return order
 
     assert all_orders(run) == [interleave(SIDE, SIDE)] * 2
