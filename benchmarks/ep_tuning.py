@@ -109,6 +109,12 @@ def parse_copies(text: str) -> dict[str, Any]:
     return {**WAYS[way], "part_ends": parts}
 
 
+def for_case(case: str, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are for the case or for all, without saying so."""
+    fitting = [change for change in changes if change.get("case", case) == case]
+    return [{k: v for k, v in change.items() if k != "case"} for change in fitting]
+
+
 @contextmanager
 def with_change(transport: Any, change: dict[str, Any]) -> Iterator[None]:
     """Calls are planned with the change, and after it without."""
@@ -144,10 +150,7 @@ def measure_all(
         )
         for case in cases:
             call = make_call(buffer, case)
-            for change in changes:
-                change = dict(change)
-                if change.pop("case", case) != case:
-                    continue
+            for change in for_case(case, changes):
                 with with_change(buffer._transport, change):
                     line = measured(call)
                 if dist.get_rank() == 0:

@@ -8,8 +8,8 @@ Expert parallelism, the schedule and the experts that move should change nothing
 BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
 two seeds would.
 
-Draws both (docs/loss-curves.png, or build/loss-curves.png on a CPU), appends a row to
-benchmarks/results/loss_curves.csv, and leaves the runs' folders in build/benchmarks. Exit code 1:
+Appends a row to benchmarks/results/loss_curves.csv, and leaves a picture of both and the runs'
+folders in build/benchmarks/loss-curves. Exit code 1:
 the means of the last tenth of the steps are more than 5% apart.
 """
 
@@ -21,8 +21,6 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
-
-import torch
 
 from dualpipe_ext.bench.record import append, results_file
 from dualpipe_ext.training.progress import read_metrics
@@ -51,7 +49,7 @@ def main(arguments: list[str]) -> int:
     tail = max(1, len(losses[0]) // 10)
     ends = [fmean(loss[-tail:]) for loss in losses]
     name = f"{layout['pp']} pipeline x {layout['ep']} expert-parallel ranks"
-    picture = Path("docs" if torch.cuda.is_available() else "build") / "loss-curves.png"
+    picture = _FOLDER / "loss-curves.png"
     _draw(dict(zip((name, "one process"), losses, strict=True)), picture)
     row = {
         "pp": layout["pp"],
@@ -108,7 +106,6 @@ def _draw(curves: dict[str, list[float]], path: Path) -> None:
     axis.set(xlabel="step", ylabel=f"cross-entropy (nats per byte), and mean of {_SMOOTH}")
     axis.legend()
     axis.grid(alpha=0.3)
-    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -1,4 +1,5 @@
-"""Whether a tensor goes to a Triton kernel or to the torch operations that define it.
+"""Whether a tensor goes to a Triton kernel or to the torch operations that define it, and what both
+compute in.
 
 What belongs here: the one rule for kernels that serve every dtype but float64. The GEMMs ask for
 more (``persistent_gemm.usable_on``).
@@ -25,3 +26,8 @@ def runs_triton(x: Tensor) -> bool:
         return False
     # The interpreter runs the kernels on CPU tensors; nobody but a test asks for it.
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays exact; everything else is summed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from dualpipe_ext.kernels import persistent_gemm
+from dualpipe_ext.kernels.backend import accumulator_dtype
 from dualpipe_ext.kernels.fp8_format import BLOCK, SMALLEST_AMAX, power_of_two_scales
 from dualpipe_ext.kernels.grouped_gemm import check_max_sms, check_offsets, group_bounds
 from torch import Tensor
@@ -174,7 +175,7 @@ def grouped_mm_fp8(
             out_dtype=out_dtype,
             max_sms=max_sms,
         )
-    wide = _wide(out_dtype)
+    wide = accumulator_dtype(out_dtype)
     rows = _dequantize(x.values, x.scales, wide)
     out = rows.new_zeros(rows.shape[0], w.values.shape[2])
     for group, (start, end) in enumerate(group_bounds(offsets)):
@@ -233,7 +234,7 @@ def grouped_mm_fp8_weight_grad(
             out_dtype=out_dtype,
             max_sms=max_sms,
         )
-    wide, first = _wide(out_dtype), 0
+    wide, first = accumulator_dtype(out_dtype), 0
     x_wide, grad_wide = (_dequantize_columns(c, wide) for c in (x_columns, grad_columns))
     out = x_wide.new_zeros(offsets.shape[0], x_wide.shape[0], grad_wide.shape[0])
     for group, (start, end) in enumerate(group_bounds(offsets)):
@@ -362,10 +363,6 @@ def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dequantize_columns(columns: QuantizedColumns, dtype: torch.dtype) -> Tensor:
     return _dequantize(columns.values, columns.scales.t(), dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_rows(x: Quantized, offsets: Tensor) -> None:

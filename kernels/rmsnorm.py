@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 
 import torch
-from dualpipe_ext.kernels.backend import DTYPES, runs_triton
+from dualpipe_ext.kernels.backend import DTYPES, accumulator_dtype, runs_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -228,7 +228,7 @@ class _RMSNorm(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if runs_triton(x):
             return rms_norm_forward(rows, weight, eps).view(x.shape)
-        wide = rows.to(_wide(x.dtype))
+        wide = rows.to(accumulator_dtype(x.dtype))
         y = wide * _inverse_rms(wide, eps) * weight.to(wide.dtype)
         return y.to(x.dtype).view(x.shape)
 
@@ -247,7 +247,7 @@ class _RMSNorm(torch.autograd.Function):
 def _fallback_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(accumulator_dtype(x.dtype))
     grad = grad_y.to(wide.dtype)
     inverse_rms = _inverse_rms(wide, eps)
     normed = wide * inverse_rms
@@ -259,10 +259,6 @@ def _fallback_backward(
 
 def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
     return 1.0 / (rows.square().mean(1, keepdim=True) + eps).sqrt()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _launch(size: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ float32.
 from __future__ import annotations
 
 import torch
-from dualpipe_ext.kernels.backend import DTYPES, runs_triton
+from dualpipe_ext.kernels.backend import DTYPES, accumulator_dtype, runs_triton
 from torch import Tensor
 
 try:
@@ -230,7 +230,7 @@ class _PackedSwiGLU(torch.autograd.Function):
 def _forward(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
     if runs_triton(gate):
         return swiglu_forward(gate, up, weights)
-    wide = _wide(gate.dtype)
+    wide = accumulator_dtype(gate.dtype)
     y = torch.nn.functional.silu(gate.to(wide)) * up.to(wide)
     if weights is not None:
         y *= weights[:, None]
@@ -248,7 +248,7 @@ def _backward(
     if runs_triton(gate):
         # Autograd may hand over an expanded gradient (of a sum), whose strides are 0.
         return swiglu_backward(grad_y.contiguous(), gate, up, weights, grad_gate, grad_up)
-    wide = _wide(gate.dtype)
+    wide = accumulator_dtype(gate.dtype)
     grad, g, u = grad_y.to(wide), gate.to(wide), up.to(wide)
     sigmoid = torch.sigmoid(g)
     silu = g * sigmoid
@@ -259,10 +259,6 @@ def _backward(
     grad_gate.copy_(grad * u * (sigmoid + silu * (1 - sigmoid)))
     grad_up.copy_(grad * silu)
     return grad_weights
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _block(size: int) -> int:
@@ -291,9 +287,9 @@ def _check(gate: Tensor, up: Tensor, weights: Tensor | None) -> None:
             raise ValueError(f"expected {name} with contiguous rows, got strides {tensor.stride()}")
     if weights is None:
         return
-    if weights.shape != gate.shape[:1] or weights.dtype != _wide(gate.dtype):
+    if weights.shape != gate.shape[:1] or weights.dtype != accumulator_dtype(gate.dtype):
         raise ValueError(
-            f"expected weights {_wide(gate.dtype)} [{gate.shape[0]}], "
+            f"expected weights {accumulator_dtype(gate.dtype)} [{gate.shape[0]}], "
             f"got {weights.dtype} {list(weights.shape)}"
         )
     if weights.device != gate.device or not weights.is_contiguous():

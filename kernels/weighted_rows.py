@@ -11,7 +11,7 @@ M rows, H hidden size.
 from __future__ import annotations
 
 import torch
-from dualpipe_ext.kernels.backend import runs_triton
+from dualpipe_ext.kernels.backend import accumulator_dtype, runs_triton
 from torch import Tensor
 
 try:
@@ -41,7 +41,7 @@ def weighted_rows_grad(
 
     Example: grad [[1, 2]], rows [[3, 4]], weights [0.5] give [[0.5, 1]] and [11].
     """
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    wide = accumulator_dtype(grad.dtype)
     # Not where a compiler traces, which fuses the torch operations itself.
     if type(grad) is not Tensor or not runs_triton(grad):
         exact = grad.to(wide)

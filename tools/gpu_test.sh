@@ -135,7 +135,7 @@ bench() {  # one after the other: they measure
     --transports copy_engine --sm-means none,yielding --output "$out/pipeline.csv" \
     --picture "$out/pair-32.png"
   run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0
-  cp benchmarks/results/loss_curves.csv docs/loss-curves.png "$out" || status=1
+  cp benchmarks/results/loss_curves.csv build/benchmarks/loss-curves/loss-curves.png "$out" || status=1
 }
 
 case ${1:-test} in

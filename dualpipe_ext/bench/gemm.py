@@ -168,8 +168,8 @@ def _products(
         },
     }
 
-    def add(max_sms: int) -> None:
-        limit, short = {"max_sms": max_sms}, max_sms == SHORT_CTAS
+    def add(bf16: str, fp8: str, max_sms: int) -> None:
+        limit = {"max_sms": max_sms}
         ours: dict[str, tuple[Call, Call]] = {
             "forward": (
                 lambda: grouped_mm(x, w, offsets, **limit),
@@ -185,13 +185,12 @@ def _products(
             ),
         }
         for name, calls in ours.items():
-            names = ("short", "fp8-short") if short else (f"persistent@{max_sms}", f"fp8@{max_sms}")
-            products[name] |= dict(zip(names, calls, strict=True))
+            products[name] |= dict(zip((bf16, fp8), calls, strict=True))
 
     num_sms = _num_sms(x.device)
     for sms in dict.fromkeys(min(sms or num_sms, num_sms) for sms in options.sms):
-        add(sms)
-    add(SHORT_CTAS)
+        add(f"persistent@{sms}", f"fp8@{sms}", sms)
+    add("short", "fp8-short", SHORT_CTAS)
     return products
 
 

@@ -19,7 +19,6 @@ from torch.nn.functional import pad
 from dualpipe_ext.ep.exchange import Exchange
 from dualpipe_ext.ep.expand import (
     ExpertMap,
-    accumulator_dtype,
     build_map,
     collapse_weights,
     expand,
@@ -29,6 +28,7 @@ from dualpipe_ext.ep.expand import (
 from dualpipe_ext.ep.fp8 import Quantized, quantize
 from dualpipe_ext.ep.handle import LAYOUTS, Handle
 from dualpipe_ext.ep.transport import Capabilities, RouteOptions, Rows, Transport, TransportConfig
+from dualpipe_ext.kernels.backend import accumulator_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,6 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dualpipe_ext.kernels.backend import accumulator_dtype
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ExpertMap:
@@ -156,11 +158,6 @@ def filled_rows(offsets: Tensor, counts: Tensor, num_rows: int) -> Tensor:
     last_filled = torch.cat([starts + counts, counts.new_zeros(1)])
     place = torch.arange(num_rows, device=offsets.device)
     return place < last_filled[torch.searchsorted(offsets, place, right=True)]
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays exact; everything else is summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _table(kernels: ModuleType, expert_map: ExpertMap, num_rows: int) -> Tensor:

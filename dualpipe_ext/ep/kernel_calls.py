@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dualpipe_ext.ep.device_arrays import address, rows_on_16_bytes
-from dualpipe_ext.ep.expand import accumulator_dtype
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized, quantize
 from dualpipe_ext.ep.peer_handle import PeerHandle
 from dualpipe_ext.ep.transport import Rows
 
 if TYPE_CHECKING:
     from dualpipe_ext.ep.peer import PeerTransport
+from dualpipe_ext.kernels.backend import accumulator_dtype
 
 
 @dataclass(slots=True, eq=False)

@@ -113,7 +113,13 @@ def for_dispatch(
         own_warps, own_stages = 4, _stages(_room(config) // 2, 4, stage)
         receive_warps, receive_stages = 6, _stages(_room(config) // 2, 6, stage)
     return Tuning(
-        _senders(num_sms, (reached - own) / _TO_PEER, local, config),
+        _senders(
+            num_sms,
+            (reached - own) / _TO_PEER,
+            local,
+            config,
+            most=_MOST_SENDERS_TO_SEVERAL if several else _MOST_SENDERS,
+        ),
         8,
         _stages(_room(config), 8, stage),
         own_warps,
@@ -256,14 +262,10 @@ def _ranks_reached(config: TransportConfig) -> float:
     return config.num_ranks * (1 - (1 - 1 / config.num_ranks) ** config.top_k)
 
 
-def _senders(
-    num_sms: int, send: float, local: float, config: TransportConfig, most: int | None = None
-) -> int:
+def _senders(num_sms: int, send: float, local: float, config: TransportConfig, most: int) -> int:
     """SMs that send, if a token costs them ``send`` and the others ``local``."""
     if config.num_ranks == 1:
         return 0
-    if most is None:
-        most = _MOST_SENDERS if config.num_ranks == 2 else _MOST_SENDERS_TO_SEVERAL
     return max(1, min(most, num_sms - 1, math.ceil(num_sms * send / (send + local))))
 
 

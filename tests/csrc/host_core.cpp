@@ -48,10 +48,15 @@ uint64_t number(const T* pointer) {
   return reinterpret_cast<uint64_t>(pointer);
 }
 
-py::dict launch_fields(const Launch& launch, const dualpipe::LaunchArgs& args) {
+py::dict launch_fields(const Launch& launch) {
   py::dict d;
   d["kernel"] = launch.kernel;
   d["stream"] = launch.stream;
+  return d;
+}
+
+py::dict launch_fields(const Launch& launch, const dualpipe::LaunchArgs& args) {
+  py::dict d = launch_fields(launch);
   d["num_local"] = args.num_local;
   d["ctas"] = args.ctas;
   return d;
@@ -164,9 +169,7 @@ py::dict describe_combine(const Launch& launch) {
 
 py::dict describe_push(const Launch& launch) {
   const auto args = args_of<dualpipe::PushArgs>(launch);
-  py::dict d;
-  d["kernel"] = launch.kernel;
-  d["stream"] = launch.stream;
+  py::dict d = launch_fields(launch);
   d["rank"] = args.rank;
   d["num_tokens"] = args.num_tokens;
   d["ctas"] = args.ctas;

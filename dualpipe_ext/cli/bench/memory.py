@@ -15,6 +15,7 @@ from dualpipe_ext.cli.bench.options import (
     ROUNDS,
     SIZE,
     WHAT,
+    layers_of,
     output_option,
     read_processes,
     report,
@@ -72,7 +73,6 @@ def command(context: typer.Context, given: Arguments) -> None:
     """Measure what each memory level saves and costs, against plain autograd (level 0)."""
     from dualpipe_ext.bench import memory as bench
     from dualpipe_ext.bench.ranks import start
-    from dualpipe_ext.models import ModelConfig
     from dualpipe_ext.training.config import DTYPES
 
     small = "memory --device cpu --hidden 256 --tokens 64"
@@ -80,17 +80,7 @@ def command(context: typer.Context, given: Arguments) -> None:
     if given.dtype not in DTYPES:
         raise ValueError(f"expected --dtype of {', '.join(DTYPES)}, got {given.dtype!r}")
     options = bench.MemoryOptions(
-        model=ModelConfig(
-            hidden=given.hidden,
-            num_layers=given.layers,
-            num_heads=max(1, given.hidden // 128),
-            num_experts=given.experts,
-            top_k=given.top_k,
-            num_groups=1,
-            top_groups=1,
-            expert_hidden=given.expert_hidden,
-            shared_hidden=given.expert_hidden,
-        ),
+        model=layers_of(given),
         tokens=given.tokens,
         seq_len=given_or(given.seq_len, given.tokens),
         in_flight=given.in_flight,

@@ -6,11 +6,14 @@ import json
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 from dualpipe_ext.files import check_target
+
+if TYPE_CHECKING:
+    from dualpipe_ext.models import ModelConfig
 
 SIZE, RANKS, WHAT, OUTPUT = "Size", "Ranks", "What to measure", "Output"
 ROUNDS = 5
@@ -42,6 +45,33 @@ def check_device(device: str, *, small: str) -> None:
         raise ValueError(
             f"expected a GPU, got none; to try it out on the CPU: dualpipe bench {small}"
         )
+
+
+class LayerSizes(Protocol):
+    """What a command line says of layers."""
+
+    hidden: int
+    layers: int
+    experts: int
+    top_k: int
+    expert_hidden: int
+
+
+def layers_of(given: LayerSizes) -> ModelConfig:
+    """Layers of such sizes; a shared expert is as wide as the others, a head 128 wide."""
+    from dualpipe_ext.models import ModelConfig
+
+    return ModelConfig(
+        hidden=given.hidden,
+        num_layers=given.layers,
+        num_heads=max(1, given.hidden // 128),
+        num_experts=given.experts,
+        top_k=given.top_k,
+        num_groups=1,
+        top_groups=1,
+        expert_hidden=given.expert_hidden,
+        shared_hidden=given.expert_hidden,
+    )
 
 
 def read_ranks(

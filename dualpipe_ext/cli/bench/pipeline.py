@@ -21,6 +21,7 @@ from dualpipe_ext.cli.bench.options import (
     SIZE,
     WHAT,
     command_line,
+    layers_of,
     output_option,
     read_numbers,
     read_processes,
@@ -32,7 +33,6 @@ from dualpipe_ext.files import check_picture, check_target
 
 if TYPE_CHECKING:
     from dualpipe_ext.bench.pipeline_cases import PipelineOptions, PipelineRow
-    from dualpipe_ext.models import ModelConfig
 
 _TRANSPORTS = {"cuda": "nvlink,copy_engine,collective", "cpu": "collective"}
 _PEAK = 989.0
@@ -218,7 +218,7 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
     usual = usual_schedules(pp, num_chunks)
     return PipelineOptions(
         parts=read_words(given.parts),
-        model=_model(given),
+        model=layers_of(given).with_overrides(memory_level=given.memory_level),
         tokens=given.tokens,
         seq_len=given_or(given.seq_len, given.tokens),
         dtype=DTYPES[given.dtype],
@@ -238,23 +238,6 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
         peak_tflops=given.peak_tflops,
         picture=given.picture,
     ).checked(num_processes)
-
-
-def _model(given: Arguments) -> ModelConfig:
-    from dualpipe_ext.models import ModelConfig
-
-    return ModelConfig(
-        hidden=given.hidden,
-        num_layers=given.layers,
-        num_heads=max(1, given.hidden // 128),
-        num_experts=given.experts,
-        top_k=given.top_k,
-        num_groups=1,
-        top_groups=1,
-        expert_hidden=given.expert_hidden,
-        shared_hidden=given.expert_hidden,
-        memory_level=given.memory_level,
-    )
 
 
 def _record(target: Path, command: str, row: PipelineRow) -> None:
