@@ -24,7 +24,13 @@ import torch
 from dualpipe_ext.kernels import persistent_gemm
 from dualpipe_ext.kernels.backend import accumulator_dtype
 from dualpipe_ext.kernels.fp8_format import BLOCK, SMALLEST_AMAX, power_of_two_scales
-from dualpipe_ext.kernels.grouped_gemm import check_max_sms, check_offsets, group_bounds
+from dualpipe_ext.kernels.grouped_gemm import (
+    added,
+    check_max_sms,
+    check_offsets,
+    check_total,
+    group_bounds,
+)
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -195,6 +201,7 @@ def grouped_mm_fp8_weight_grad(
     offsets: Tensor,
     *,
     out_dtype: torch.dtype = torch.bfloat16,
+    total: Tensor | None = None,
     max_sms: int | None = None,
 ) -> Tensor:
     """``out[g] = x[rows of g].T @ grad[rows of g]``, both quantised again along the rows.
@@ -204,10 +211,12 @@ def grouped_mm_fp8_weight_grad(
         grad: the same of [M, N].
         offsets: int32 [G], non-decreasing, at most M.
         out_dtype: bfloat16, float16 or float32; on a CPU also float64.
+        total: the gradient so far, [G, K, N] and contiguous, to add to in place: the bits of
+            ``total.add_(...)`` with the gradient in ``out_dtype``.
         max_sms: the same for the product; the quantising before it takes no notice of it.
 
     Returns:
-        [G, K, N]; zero for empty groups.
+        [G, K, N], zero for empty groups; or ``total``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
@@ -218,13 +227,15 @@ def grouped_mm_fp8_weight_grad(
     num_rows = x.values.shape[0]
     if grad.values.shape[0] != num_rows:
         raise ValueError(f"expected grad with {num_rows} rows, got {grad.values.shape[0]}")
+    shape = (offsets.shape[0], x.values.shape[1], grad.values.shape[1])
+    check_total(total, shape)
     if num_rows == 0:
-        shape = (offsets.shape[0], x.values.shape[1], grad.values.shape[1])
-        return x.scales.new_zeros(shape, dtype=out_dtype)
+        return added(x.scales.new_zeros(shape, dtype=out_dtype), total)
     x_columns, grad_columns = quantize_columns(x, offsets), quantize_columns(grad, offsets)
     if persistent_gemm.usable_on(offsets.device):
         _check_out_dtype(out_dtype)
-        return persistent_gemm.multiply_columns(
+        in_place = total if total is not None and total.dtype == out_dtype else None
+        out = persistent_gemm.multiply_columns(
             x_columns.values,
             grad_columns.values,
             offsets,
@@ -232,8 +243,10 @@ def grouped_mm_fp8_weight_grad(
             grad_scales=grad_columns.scales,
             num_rows=num_rows,
             out_dtype=out_dtype,
+            total=in_place,
             max_sms=max_sms,
         )
+        return added(out, total)
     wide, first = accumulator_dtype(out_dtype), 0
     x_wide, grad_wide = (_dequantize_columns(c, wide) for c in (x_columns, grad_columns))
     out = x_wide.new_zeros(offsets.shape[0], x_wide.shape[0], grad_wide.shape[0])
@@ -241,7 +254,7 @@ def grouped_mm_fp8_weight_grad(
         last = first + -(-(end - start) // BLOCK) * BLOCK
         torch.mm(x_wide[:, first:last], grad_wide[:, first:last].t(), out=out[group])
         first = last
-    return out.to(out_dtype)
+    return added(out.to(out_dtype), total)
 
 
 def quantize_weights_into(w: Tensor, values: Tensor, turned: Tensor, scales: Tensor) -> None:

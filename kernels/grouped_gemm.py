@@ -70,7 +70,12 @@ def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, *, max_sms: int | None = N
 
 
 def grouped_mm_weight_grad(
-    x: Tensor, grad: Tensor, offsets: Tensor, *, max_sms: int | None = None
+    x: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    *,
+    total: Tensor | None = None,
+    max_sms: int | None = None,
 ) -> Tensor:
     """Gradient of :func:`grouped_mm` for ``w``: ``out[g] = x[rows of g].T @ grad[rows of g]``.
 
@@ -78,10 +83,13 @@ def grouped_mm_weight_grad(
         x: [M, K], any float dtype.
         grad: [M, N], dtype of ``x``.
         offsets: int32 [G], non-decreasing, at most M.
+        total: the gradient so far, [G, K, N] and contiguous, to add to in place: the bits of
+            ``total.add_(...)`` with the gradient in the dtype of ``x``, but on a GPU with
+            ``max_sms`` without that gradient in memory.
         max_sms: as in :func:`grouped_mm`.
 
     Returns:
-        [G, K, N] in the dtype of ``x``; zero for empty groups.
+        [G, K, N] in the dtype of ``x``, zero for empty groups; or ``total``.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -93,25 +101,41 @@ def grouped_mm_weight_grad(
             f"expected grad of shape [{x.shape[0]}, N] and {x.dtype}, "
             f"got {list(grad.shape)} and {grad.dtype}"
         )
+    check_total(total, (offsets.shape[0], x.shape[1], grad.shape[1]))
     x, grad = _readable(x), _readable(grad)
     if x.shape[0] and _on_device(x, grad):
         if max_sms is not None and (kernels := _kernels_for(x.device)) is not None:
             how = {"num_rows": x.shape[0], "out_dtype": x.dtype, "max_sms": max_sms}
             rows, grad_rows = _by_rows(x), _by_rows(grad)
             if _aligned(rows) and _aligned(grad_rows):
-                return kernels.multiply_columns(rows, grad_rows, offsets, **how)
-        return torch._grouped_mm(x.t(), grad, offs=offsets)
+                how["total"] = total if total is not None and total.dtype == x.dtype else None
+                return added(kernels.multiply_columns(rows, grad_rows, offsets, **how), total)
+        return added(torch._grouped_mm(x.t(), grad, offs=offsets), total)
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
     for group, (start, end) in enumerate(group_bounds(offsets)):
         if end > start:
             torch.mm(x[start:end].t(), grad[start:end], out=out[group])
-    return out
+    return added(out, total)
 
 
 def group_bounds(offsets: Tensor) -> list[tuple[int, int]]:
     """First row and END row of each group, read on the host."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def added(out: Tensor, total: Tensor | None) -> Tensor:
+    """``total`` with ``out`` added to it in place, unless they are one; ``out`` without total."""
+    return out if total is None or out is total else total.add_(out)
+
+
+def check_total(total: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse with ``ValueError`` what a gradient of ``shape`` cannot be added to."""
+    if total is not None and not (total.shape == shape and total.is_contiguous()):
+        raise ValueError(
+            f"expected a contiguous total of shape {list(shape)}, got {list(total.shape)} with "
+            f"strides {list(total.stride())}"
+        )
 
 
 def check_max_sms(max_sms: int | None) -> None:

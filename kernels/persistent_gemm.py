@@ -131,9 +131,13 @@ def multiply_columns(
     grad_scales: Tensor | None = None,
     num_rows: int,
     out_dtype: torch.dtype,
+    total: Tensor | None = None,
     max_sms: int | None = None,
 ) -> Tensor:
     """``out[g] = x[rows of g].T @ grad[rows of g]``; zero for empty groups.
+
+    With ``total``, contiguous [G, K, N] in ``out_dtype``, that is added to it in place: rounded by
+    itself and once more as a sum, which gives the bits of ``total.add_(out)``.
 
     Without scales x is [M, K] and grad [M, N], both with contiguous rows. With scales they are
     transposed, every group's rows padded with zeros to whole blocks of 128 (P in all, from the
@@ -145,14 +149,18 @@ def multiply_columns(
         num_rows: M.
 
     Returns:
-        [G, K, N].
+        [G, K, N]: ``total``, if there is one.
     """
     scaled = x_scales is not None
     size_k, size_n = (x.shape[0], grad.shape[0]) if scaled else (x.shape[1], grad.shape[1])
     num_groups = offsets.shape[0]
-    out = torch.empty(num_groups, size_k, size_n, dtype=out_dtype, device=x.device)
     if num_rows == 0 or size_n == 0 or size_k == 0:
-        return out.zero_()
+        if total is not None:
+            return total
+        return torch.zeros(num_groups, size_k, size_n, dtype=out_dtype, device=x.device)
+    out = total
+    if total is None:
+        out = torch.empty(num_groups, size_k, size_n, dtype=out_dtype, device=x.device)
     sizes = columns_tile(scaled=scaled, itemsize=x.element_size())
     block_m, block_n, block_k = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
     boxes = (
@@ -181,8 +189,12 @@ def multiply_columns(
             x.stride(0),
             grad.stride(0),
             GROUPS=padded_groups(num_groups),
+            ADD=total is not None,
             **sizes,
         )
+    if total is not None:
+        # Autograd sees by the version that what it may have saved has changed.
+        torch.autograd.graph.increment_version(total)
     return out
 
 
@@ -437,12 +449,16 @@ if triton is not None:
         grad_stride,
         SCALED: tl.constexpr,  # noqa: N803
         GROUPS: tl.constexpr,  # noqa: N803
+        ADD: tl.constexpr,  # noqa: N803
         BLOCK_M: tl.constexpr,  # noqa: N803
         BLOCK_N: tl.constexpr,  # noqa: N803
         BLOCK_K: tl.constexpr,  # noqa: N803
         SWEEP: tl.constexpr,  # noqa: N803
         IN_ORDER: tl.constexpr,  # noqa: N803
     ):
+        # What is added to is on its way for about as long as the products take, so it is loaded
+        # before them: as far as registers hold it, which they do in 16 bits.
+        EARLY: tl.constexpr = ADD and out_ptr.dtype.element_ty.primitive_bitwidth == 16  # noqa: N806
         sizes, ends = group_rows(offsets_ptr, num_rows, num_groups, GROUPS)
         index = tl.arange(0, GROUPS)
         row_tiles = tl.cdiv(size_k, BLOCK_M)
@@ -456,6 +472,8 @@ if triton is not None:
             row_tile, col_tile = _place(tile - group * tiles, row_tiles, col_tiles, SWEEP)
             row, col = row_tile * BLOCK_M, col_tile * BLOCK_N
             rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+            at = out_ptr + (group.to(tl.int64) * size_k + rows[:, None]) * size_n + cols[None, :]
+            inside = (rows < size_k)[:, None] & (cols < size_n)[None, :]
             size = tl.sum(tl.where(index == group, sizes, 0), 0)
             total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             if SCALED:
@@ -465,6 +483,8 @@ if triton is not None:
                 grad_scales_at = grad_scales_ptr + first.to(tl.int64) * size_n
                 # No more blocks than there are, whatever the offsets say.
                 last = tl.minimum(first + tl.cdiv(size, BLOCK_K), num_rows // BLOCK_K + num_groups)
+                if EARLY:
+                    so_far = tl.load(at, inside)
                 for block in range(first, last):
                     x_scales = tl.load(x_scales_at + rows, rows < size_k, other=0.0)
                     grad_scales = tl.load(grad_scales_at + cols, cols < size_n, other=0.0)
@@ -477,22 +497,32 @@ if triton is not None:
             else:
                 start = tl.sum(tl.where(index == group, ends, 0), 0) - size
                 whole = size // BLOCK_K
+                if whole * BLOCK_K < size:
+                    # What follows the group's last rows is not zero: those one by one. First, as
+                    # there are registers for it as long as none hold what is loaded below.
+                    left = (whole * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+                    places = start + left
+                    x_inside = (left < size)[:, None] & (rows < size_k)[None, :]
+                    x = tl.load(
+                        x_ptr + places[:, None] * x_stride + rows[None, :], x_inside, other=0.0
+                    )
+                    grad_inside = (left < size)[:, None] & (cols < size_n)[None, :]
+                    grad = tl.load(
+                        grad_ptr + places[:, None] * grad_stride + cols[None, :],
+                        grad_inside,
+                        other=0.0,
+                    )
+                    total = tl.dot(x.T, grad, total)
+                if EARLY:
+                    so_far = tl.load(at, inside)
                 for block in range(whole):
                     x = x_desc.load([start + block * BLOCK_K, row])
                     grad = grad_desc.load([start + block * BLOCK_K, col])
                     total = tl.dot(x.T, grad, total)
-                if whole * BLOCK_K < size:
-                    # What follows the group's last rows is not zero: those one by one.
-                    left = (whole * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-                    at = start + left
-                    x_inside = (left < size)[:, None] & (rows < size_k)[None, :]
-                    x = tl.load(x_ptr + at[:, None] * x_stride + rows[None, :], x_inside, other=0.0)
-                    grad_inside = (left < size)[:, None] & (cols < size_n)[None, :]
-                    grad = tl.load(
-                        grad_ptr + at[:, None] * grad_stride + cols[None, :], grad_inside, other=0.0
-                    )
-                    total = tl.dot(x.T, grad, total)
-            at = out_ptr + (group.to(tl.int64) * size_k + rows[:, None]) * size_n + cols[None, :]
-            inside = (rows < size_k)[:, None] & (cols < size_n)[None, :]
-            tl.store(at, total.to(out_ptr.dtype.element_ty), inside)
+            out = total.to(out_ptr.dtype.element_ty)
+            if ADD:
+                if not EARLY:
+                    so_far = tl.load(at, inside)
+                out = (so_far.to(tl.float32) + out.to(tl.float32)).to(out_ptr.dtype.element_ty)
+            tl.store(at, out, inside)
             tile = next_tile

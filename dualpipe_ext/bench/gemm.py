@@ -11,6 +11,8 @@ in a row between two events (see ``timing.py``).
   fp8-short likewise.
 - fp8: our FP8 kernel on ``sms`` SMs, from operands that are quantised already; for the weight
   gradient with the second quantising along the rows, which only serves it.
+- The weight gradient is timed once more where it is added to what is there, as by every micro-batch
+  of a step but the first (``weight_grad_add``): torch in two operations, ours by the same kernel.
 - quantize: of the rows of a product (for forward and input gradient), and of the weights (once per
   step, for both directions); on all SMs.
 
@@ -104,8 +106,9 @@ def run(ranks: Ranks, options: GemmOptions) -> list[Row]:
 
 def _measure(ranks: Ranks, options: GemmOptions, size_k: int, size_n: int) -> list[Row]:
     x, w, grad, offsets = _layer(options, size_k, size_n, ranks.device)
-    products = _products(options, x, w, grad, offsets)
-    _check(products, x, w, offsets)
+    total = torch.zeros_like(w)
+    products = _products(options, x, w, grad, offsets, total)
+    _check(products, x, w, offsets, total)
     calls = {(p, v): call for p, variants in products.items() for v, call in variants.items()}
     how = {"rounds": options.rounds, "num_calls": options.calls}
     times = timing.interleaved({"|".join(key): call for key, call in calls.items()}, ranks, **how)
@@ -149,7 +152,7 @@ def _layer(
 
 
 def _products(
-    options: GemmOptions, x: Tensor, w: Tensor, grad: Tensor, offsets: Tensor
+    options: GemmOptions, x: Tensor, w: Tensor, grad: Tensor, offsets: Tensor, total: Tensor
 ) -> dict[str, dict[str, Call]]:
     """The calls by product and variant; "@" and a number after it limit the SMs.
 
@@ -157,11 +160,12 @@ def _products(
     """
     rows, grads = quantize(x, pow2_scales=True), quantize(grad, pow2_scales=True)
     forward, backward = quantize_weights(w)
-    turned = w.transpose(1, 2)
+    turned, add_to = w.transpose(1, 2), {"total": total}
     products: dict[str, dict[str, Call]] = {
         "forward": {"torch": lambda: grouped_mm(x, w, offsets)},
         "input_grad": {"torch": lambda: grouped_mm(grad, turned, offsets)},
         "weight_grad": {"torch": lambda: grouped_mm_weight_grad(x, grad, offsets)},
+        "weight_grad_add": {"torch": lambda: grouped_mm_weight_grad(x, grad, offsets, **add_to)},
         "quantize": {
             "rows": lambda: quantize(x, pow2_scales=True),
             "weights": lambda: quantize_weights(w),
@@ -183,6 +187,10 @@ def _products(
                 lambda: grouped_mm_weight_grad(x, grad, offsets, **limit),
                 lambda: grouped_mm_fp8_weight_grad(rows, grads, offsets, **limit),
             ),
+            "weight_grad_add": (
+                lambda: grouped_mm_weight_grad(x, grad, offsets, **add_to, **limit),
+                lambda: grouped_mm_fp8_weight_grad(rows, grads, offsets, **add_to, **limit),
+            ),
         }
         for name, calls in ours.items():
             products[name] |= dict(zip((bf16, fp8), calls, strict=True))
@@ -201,7 +209,11 @@ def _num_sms(device: torch.device) -> int:
 
 
 def _check(
-    products: Mapping[str, Mapping[str, Call]], x: Tensor, w: Tensor, offsets: Tensor
+    products: Mapping[str, Mapping[str, Call]],
+    x: Tensor,
+    w: Tensor,
+    offsets: Tensor,
+    total: Tensor,
 ) -> None:
     """Raise AssertionError unless all variants of a product agree."""
     exact = torch.zeros(len(x), w.shape[2], device=x.device)
@@ -212,10 +224,14 @@ def _check(
     for name, variants in products.items():
         if name == "quantize":
             continue
-        want = variants["torch"]()
+        adds = name == "weight_grad_add"
+        want = products["weight_grad" if adds else name]["torch"]()
         for variant, call in variants.items():
             error = _FP8_ERROR if variant.startswith("fp8") else 2 * _BF16_ERROR
+            total.zero_()
             _expect_near(f"{name} {variant}", call(), want, error)
+            if adds:  # the second time to something
+                _expect_near(f"{name} {variant}", call(), 2 * want, error)
 
 
 def _expect_near(name: str, got: Tensor, want: Tensor, error: float) -> None:

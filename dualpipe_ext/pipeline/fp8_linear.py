@@ -121,8 +121,8 @@ class _GroupedLinearFp8(torch.autograd.Function):
             grad_x = grouped_mm_fp8(grads, backward_weights, offsets, **how)
         if ctx.needs_input_grad[1]:
 
-            def compute(rows: Quantized) -> Tensor:
-                how = {"out_dtype": owner.dtype, "max_sms": limit_now(max_sms)}
+            def compute(rows: Quantized, total: Tensor | None) -> Tensor:
+                how = {"out_dtype": owner.dtype, "total": total, "max_sms": limit_now(max_sms)}
                 return grouped_mm_fp8_weight_grad(rows, grads, offsets, **how)
 
             grad_weight = take_or_defer(owner, compute, ctx.kept, saved)

@@ -327,12 +327,11 @@ class ChunkGraph:
         phase = self.phases[index]
         assert index == len(self._exits) - 1
         roots, grads = self.take_roots()
-        deferring = (
-            self._store.deferring((self._key, index))
-            if defer and phase.stream == "compute"
-            else nullcontext()
-        )
-        with self.launcher.launch(phase, "B", self._chain, grads), deferring:
+        weights: AbstractContextManager[Any] = nullcontext()
+        if phase.stream == "compute":
+            store = self._store
+            weights = store.deferring((self._key, index)) if defer else store.at_once()
+        with self.launcher.launch(phase, "B", self._chain, grads), weights:
             if roots:
                 torch.autograd.backward(roots, grads)
 

@@ -5,6 +5,11 @@ theirs. Such a layer computes the gradient of its input at once; the gradient of
 into the store while :meth:`WeightGradStore.deferring` is active and computed at once otherwise.
 Biases and all other parameters get their gradients at once.
 
+In backwards that are known to be for ``.grad``, which are those of :class:`WeightGradStore`, a
+gradient is added to what is there by the kernel that computes it, where it can: with the bits of
+autograd's own addition, which for the experts of a layer is as much work as all of their weight
+gradients' products (docs/LOG.md, "Overlapped pairs").
+
 The gradient of the weight is all that the input is kept for, so these layers can keep it in another
 form (``dualpipe_ext.memory.kept``), which they restore when they compute that gradient: in the
 backward, or in its W.
@@ -25,18 +30,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dualpipe_ext.kernels.grouped_gemm import grouped_mm, grouped_mm_weight_grad
+from dualpipe_ext.kernels.grouped_gemm import added, grouped_mm, grouped_mm_weight_grad
 
 if TYPE_CHECKING:
     from dualpipe_ext.memory import Kept
 
-# Closures of the running input-only backward, or None. A module global and nothing thread-local:
-# for CUDA, autograd runs the backward on a thread of its own while the caller waits.
+# Closures of the running input-only backward, or None; and whether the running backward is one that
+# adds to ``.grad``. Module globals and nothing thread-local: for CUDA, autograd runs the backward
+# on a thread of its own while the caller waits.
 _deferred: list[_Closure | None] | None = None
+_accumulating = False
 
 # SMs for a product: a number, None for all, or what is asked whenever a product is launched, since
 # the backward of a layer may have other things beside it than its forward.
 MaxSms = int | Callable[[], int | None] | None
+
+# The gradient of a weight from the layer's input, added in place to the second argument if that is
+# not None.
+ComputeGrad = Callable[[Any, Tensor | None], Tensor]
 
 
 class _Closure(NamedTuple):
@@ -73,6 +84,20 @@ class WeightGradStore:
             if not self._closures[key]:
                 del self._closures[key]
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While active, backwards add weight gradients to ``.grad`` themselves, at once.
+
+        For ``backward()`` alone: ``torch.autograd.grad`` would not get those gradients.
+        """
+        global _accumulating
+        assert _deferred is None, "at_once() does not go into deferring()"
+        before, _accumulating = _accumulating, True
+        try:
+            yield
+        finally:
+            _accumulating = before
+
     def parts(self, key: Hashable) -> list[int]:
         """Numbers, in the order of deferring, of the gradients under ``key`` that have not run."""
         closures = self._closures.get(key, ())
@@ -92,9 +117,9 @@ class WeightGradStore:
             key: of the backward that deferred them.
             part: one of :meth:`parts`, to run that one alone.
 
-        Each is accumulated into its parameter's ``.grad`` by autograd itself, and the parameter's
-        hooks run as they do in a backward. (Hooks that run after accumulation also ran in the
-        backward that deferred, with nothing new: autograd visits every parameter it passes.)
+        Each is accumulated into its parameter's ``.grad``: by autograd itself if the parameter has
+        hooks, and they run as they do in a backward. (Hooks that run after accumulation also ran
+        in the backward that deferred, with nothing new: autograd visits every parameter it passes.)
         """
         left = self.parts(key)
         closures = self._closures.pop(key, [])
@@ -110,29 +135,48 @@ class WeightGradStore:
 
 
 def take_or_defer(
-    weight: Tensor, compute: Callable[[Any], Tensor], kept: KeptInput, saved: Sequence[Tensor]
+    weight: Tensor, compute: ComputeGrad, kept: KeptInput, saved: Sequence[Tensor]
 ) -> Tensor | None:
-    """The gradient for autograd to take now, or None if it was deferred.
+    """The gradient for autograd to take now, or None if it was deferred or added already.
 
     A weight that is itself computed (not a leaf) is not deferred: autograd frees the graph that
-    leads to it in this very backward.
+    leads to it in this very backward. Nor is one with hooks on its gradient, which autograd would
+    call with None.
 
     Args:
         compute: the gradient from the layer's input, which is restored when it is needed.
         kept: how the input was kept.
         saved: what ``kept.take()`` gave, back from autograd.
     """
-    if _deferred is None or not weight.is_leaf:
-        return compute(kept.restore(saved))
-    restore = kept.waiting(saved)
+    if weight.is_leaf and _deferred is not None and not weight._backward_hooks:
+        restore = kept.waiting(saved)
+        _deferred.append(_Closure(id(weight), lambda: _accumulate(weight, compute, restore())))
+        return None
+    x = kept.restore(saved)
+    if weight.is_leaf and _accumulating and not _is_watched(weight):
+        _accumulate(weight, compute, x)
+        return None
+    return compute(x, None)
 
-    def accumulate() -> None:
-        with torch.no_grad():
-            grad = compute(restore())
-        torch.autograd.backward((weight,), (grad,))
 
-    _deferred.append(_Closure(id(weight), accumulate))
-    return None
+def _accumulate(weight: Tensor, compute: ComputeGrad, x: Any) -> None:
+    """Add a leaf's gradient to its ``.grad``, by autograd if anyone would notice otherwise."""
+    with torch.no_grad():
+        if not _is_watched(weight):
+            weight.grad = compute(x, weight.grad)
+            return
+        grad = compute(x, None)
+    torch.autograd.backward((weight,), (grad,))
+
+
+def _is_watched(weight: Tensor) -> bool:
+    """Whether a gradient has to go by autograd: for hooks, and tensors that add in their way."""
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return True
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
+    if weight.grad is not None:
+        plain = plain and type(weight.grad) is Tensor and weight.grad.is_contiguous()
+    return not plain
 
 
 class KeptInput:
@@ -225,8 +269,8 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
 
-            def compute(x: Tensor) -> Tensor:
-                return (rows.t() @ x.reshape(-1, x.shape[-1])).to(owner.dtype)
+            def compute(x: Tensor, total: Tensor | None) -> Tensor:
+                return added((rows.t() @ x.reshape(-1, x.shape[-1])).to(owner.dtype), total)
 
             grad_weight = take_or_defer(owner, compute, kept, saved)
         if ctx.needs_input_grad[2]:
@@ -264,9 +308,9 @@ class _GroupedLinear(torch.autograd.Function):
             grad_x = grouped_mm(grad, turned, offsets, max_sms=limit).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
 
-            def compute(x: Tensor) -> Tensor:
-                limit = limit_now(max_sms)
-                return grouped_mm_weight_grad(x, grad, offsets, max_sms=limit).to(owner.dtype)
+            def compute(x: Tensor, total: Tensor | None) -> Tensor:
+                how = {"total": total, "max_sms": limit_now(max_sms)}
+                return grouped_mm_weight_grad(x, grad, offsets, **how).to(owner.dtype)
 
             grad_weight = take_or_defer(owner, compute, kept, saved)
         return grad_x, grad_weight, None, None, None, None

@@ -21,7 +21,7 @@ def test_rows_say_what_was_measured():
     found = {(row["k"], row["n"], row["product"], row["variant"]) for row in rows}
     products = {
         (product, variant)
-        for product in ("forward", "input_grad", "weight_grad")
+        for product in ("forward", "input_grad", "weight_grad", "weight_grad_add")
         for variant in ("torch", "persistent", "fp8", "short", "fp8-short")
     } | {("quantize", "rows"), ("quantize", "weights")}
     assert found == {(256, 256, *p) for p in products} | {(128, 256, *p) for p in products}
@@ -33,6 +33,18 @@ def test_rows_say_what_was_measured():
         if row["product"] != "quantize":
             flop = 2 * 60 * row["k"] * row["n"]
             assert row["tflops"] == round(flop / row["us_p50"] / 1e6, 1)
+
+
+def test_a_sum_that_is_no_sum_is_found(monkeypatch):
+    right = gemm.grouped_mm_fp8_weight_grad
+
+    def wrong(*args, total=None, **kwargs):
+        out = right(*args, **kwargs)
+        return out if total is None else total.copy_(out)
+
+    monkeypatch.setattr(gemm, "grouped_mm_fp8_weight_grad", wrong)
+    with pytest.raises(AssertionError, match="expected weight_grad_add fp8@1 within"):
+        measure()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,9 @@ def test_columns(ends, num_rows, size_k, size_n):
     for max_sms in SMS:
         out = multiply_columns(x, grad, int32(ends), **how, max_sms=max_sms)
         assert torch.equal(out.cpu(), want), max_sms
+        total = torch.ones_like(out)
+        multiply_columns(x, grad, int32(ends), **how, total=total, max_sms=max_sms)
+        assert torch.equal(total, out + 1), max_sms
 
 
 def random_layer(num_groups=16, size_k=7168, size_n=1024):
@@ -106,6 +109,28 @@ def test_bits_do_not_depend_on_the_limit():
             want = product(132)
             for sms in (1, 57, 108):
                 assert torch.equal(product(sms), want)
+
+
+@pytest.mark.parametrize("total_dtype", [BF16, torch.float32])
+def test_a_total_gets_the_bits_of_adding(total_dtype):
+    x, _, grad, ends = random_layer(size_n=1032)
+    offsets = int32(ends)
+    gradient = grouped_mm_weight_grad(x, grad, offsets, max_sms=132)
+    for sms in (57, 132, SHORT_CTAS):
+        total = torch.randn(gradient.shape, device="cuda").to(total_dtype)
+        want = total.clone().add_(gradient)
+        assert grouped_mm_weight_grad(x, grad, offsets, total=total, max_sms=sms) is total
+        assert torch.equal(total, want)
+
+
+def test_adding_to_a_total_takes_no_memory_for_the_gradient():
+    x, w, grad, ends = random_layer()
+    offsets, total = int32(ends), torch.zeros_like(w)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grouped_mm_weight_grad(x, grad, offsets, total=total, max_sms=SHORT_CTAS)
+    assert torch.cuda.max_memory_allocated() - before < total.nbytes / 100
 
 
 def test_operands_with_other_strides():

@@ -65,11 +65,11 @@ def compile_rows(dtype, *, w_transposed, out, groups=256, short=False):
     return compile_gemm(persistent_gemm._rows_kernel, tile, boxes, pointers, constants)
 
 
-def compile_columns(dtype, *, out, short=False):
+def compile_columns(dtype, *, out, short=False, add=False):
     scaled = dtype == FP8
     tile = persistent_gemm.columns_tile(scaled=scaled, itemsize=1 if scaled else 2)
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
-    constants = {"GROUPS": 256}
+    constants = {"GROUPS": 256, "ADD": add}
     pointers = {"x_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "out_ptr": out}
     pointers |= {"offsets_ptr": "*i32"}
     queue(pointers, constants, short)
@@ -115,16 +115,21 @@ def test_bf16_rows(w_transposed, short, tmp_path):
     assert re.search(r"wgmma\.wait_group\S*\s+1;", compiled.asm["ptx"])
 
 
+added = pytest.mark.parametrize("add", [False, True], ids=["stored", "added"])
+
+
 @pytest.mark.parametrize("out", ["*bf16", "*fp16", "*fp32"])
 @both_grids
-def test_fp8_columns(out, short, tmp_path):
-    compiled = compile_columns(FP8, out=out, short=short)
+@added
+def test_fp8_columns(out, short, add, tmp_path):
+    compiled = compile_columns(FP8, out=out, short=short, add=add)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n128k32.f32.e4m3.e4m3", tmp_path)
 
 
 @both_grids
-def test_bf16_columns(short, tmp_path):
-    compiled = compile_columns(BF16, out="*bf16", short=short)
+@added
+def test_bf16_columns(short, add, tmp_path):
+    compiled = compile_columns(BF16, out="*bf16", short=short, add=add)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n256k16.f32.bf16.bf16", tmp_path)
 
 

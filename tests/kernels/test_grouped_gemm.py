@@ -94,6 +94,26 @@ def test_bad_input(x, w, offsets, message):
         grouped_mm(x, w, offsets)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ends", CASES)
+def test_adding_to_a_total(dtype, ends):
+    torch.manual_seed(0)
+    x, grad = torch.randn(12, 8).to(dtype), torch.randn(12, 16).to(dtype)
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    for total_dtype in (dtype, torch.float32):
+        total = torch.randn(4, 8, 16).to(total_dtype)
+        want = total.clone().add_(grouped_mm_weight_grad(x, grad, offsets))
+        assert grouped_mm_weight_grad(x, grad, offsets, total=total) is total
+        assert torch.equal(total, want)
+
+
+@pytest.mark.parametrize("total", [torch.zeros(1, 3, 4), torch.zeros(1, 2, 3).transpose(1, 2)])
+def test_bad_total(total):
+    offsets = torch.tensor([4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"contiguous total of shape \[1, 3, 2\]"):
+        grouped_mm_weight_grad(torch.zeros(4, 3), torch.zeros(4, 2), offsets, total=total)
+
+
 def test_bad_weight_grad_input():
     with pytest.raises(ValueError, match="expected grad of shape"):
         grouped_mm_weight_grad(

@@ -89,6 +89,12 @@ def test_columns(ends, num_rows):
     how = {"num_rows": num_rows, "out_dtype": torch.float32}
     for max_sms in SMS:
         assert torch.equal(multiply_columns(x, grad, int32(ends), **how, max_sms=max_sms), want)
+        total = whole_numbers(tuple(want.shape), 8, seed=2)
+        expected, version = total + want, total._version
+        out = multiply_columns(x, grad, int32(ends), **how, total=total, max_sms=max_sms)
+        assert out is total
+        assert torch.equal(total, expected)
+        assert not want.numel() or total._version > version
 
 
 @ends_and_rows
@@ -113,6 +119,18 @@ def test_columns_with_scales(ends, num_rows):
             max_sms=max_sms,
         )
         assert torch.equal(out, want.float())
+        multiply_columns(
+            turned(x, ends, num_blocks),
+            turned(grad, ends, num_blocks),
+            int32(ends),
+            x_scales=x_scales,
+            grad_scales=grad_scales,
+            num_rows=num_rows,
+            out_dtype=torch.float32,
+            total=out,
+            max_sms=max_sms,
+        )
+        assert torch.equal(out, 2 * want.float())
 
 
 @pytest.mark.parametrize(("steps", "tiles"), [(1, 14), (8, 8), (56, 2), (57, 1), (500, 1)])

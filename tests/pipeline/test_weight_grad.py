@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.memory import in_fp8, recomputed
+from dualpipe_ext.pipeline.fp8_linear import grouped_linear_fp8
 from dualpipe_ext.pipeline.weight_grad import (
     WeightGradStore,
     defer_weight_grads,
@@ -21,6 +22,14 @@ from dualpipe_ext.pipeline.weight_grad import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def experts(x, w):
+    return grouped_linear(x, w, torch.tensor([2, 2, 9], dtype=torch.int32))
+
+
+def experts_fp8(x, w):
+    return grouped_linear_fp8(x, w, torch.tensor([2, 2, 9], dtype=torch.int32))
 
 
 def _grads(fn, *tensors):
@@ -75,6 +84,89 @@ def test_deferred_gradients_accumulate_and_run_hooks():
     assert w.grad is buffer, "the second gradient must be added in place"
     assert len(calls) == 2
     assert torch.equal(calls[1], 2 * calls[0])
+
+
+LAYERS = [(linear, (4, 8)), (experts, (3, 8, 4)), (experts_fp8, (3, 128, 128))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=["linear", "grouped", "fp8"])
+@pytest.mark.parametrize("deferred", [False, True], ids=["at-once", "deferred"])
+def test_gradients_are_added_in_place_with_the_bits_of_autograd(dtype, layer, shape, deferred):
+    x, w = _leaves(dtype, (9, shape[-2] if len(shape) == 3 else shape[1]), shape)
+    store = WeightGradStore()
+
+    def backward(key):
+        if key is None:
+            layer(x, w).square().sum().backward()
+            return
+        with store.deferring(key) if deferred else store.at_once():
+            layer(x, w).square().sum().backward()
+        if deferred:
+            store.run(key)
+
+    totals = []
+    for keys in ((None, None), (1, 2)):
+        w.grad = None
+        backward(keys[0])
+        first, version = w.grad, w.grad._version
+        backward(keys[1])
+        assert w.grad is first
+        assert w.grad._version > version
+        totals.append(w.grad)
+    assert torch.equal(*totals)
+    assert totals[0].any()
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at-once", "deferred"])
+def test_a_weight_with_hooks_gets_its_gradient_from_autograd(deferred):
+    x, w = _leaves(torch.float64, (9, 8), (3, 8, 4))
+    experts(x, w).sum().backward()
+    want, w.grad, store, seen = 4 * w.grad, None, WeightGradStore(), []
+    w.register_hook(lambda grad: 2 * grad)
+    w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    for key in range(2):
+        with store.deferring(key) if deferred else store.at_once():
+            experts(x, w).sum().backward()
+        store.run(key)
+    assert torch.equal(w.grad, want)
+    assert torch.equal(seen[-1], want)
+
+
+@pytest.mark.parametrize("way", ["parameter", "gradient"])
+def test_unusual_strides_keep_autograds_layout(way):
+    x, w = _leaves(torch.float64, (9, 8), (4, 8))
+    if way == "parameter":
+        w = w.detach().t().contiguous().t().requires_grad_()
+    else:
+        w.grad = torch.ones(8, 4, dtype=torch.float64).t()
+    store = WeightGradStore()
+    for _ in range(2):
+        with store.at_once():
+            linear(x, w).sum().backward()
+    assert w.grad.stride() == (1, 4)
+    want = 2 * x.detach().sum(0).expand(4, 8) + (way == "gradient")
+    torch.testing.assert_close(w.grad, want)
+
+
+def test_a_backward_for_values_leaves_grad_alone():
+    x, w = _leaves(torch.float64, (9, 8), (3, 8, 4))
+    w.grad = torch.ones_like(w)
+    store = WeightGradStore()
+    with store.at_once():
+        experts(x, w).sum().backward()
+    was = w.grad.clone()
+    (found,) = torch.autograd.grad(experts(x, w).sum(), w)
+    assert torch.equal(found + 1, was)
+    assert torch.equal(w.grad, was)
+
+
+def test_at_once_ends_after_an_error():
+    x, w = _leaves(torch.float64, (9, 8), (3, 8, 4))
+    with pytest.raises(RuntimeError, match="boom"), WeightGradStore().at_once():
+        raise RuntimeError("boom")
+    assert torch.autograd.grad(experts(x, w).sum(), w)[0] is not None
+    assert w.grad is None
 
 
 def test_computed_weight_is_not_deferred():
@@ -296,9 +388,9 @@ def test_a_limit_is_asked_for_at_every_product(deferred, monkeypatch):
     for name in ("grouped_mm", "grouped_mm_weight_grad"):
         real = getattr(weight_grad, name)
 
-        def limited(*args, real=real, max_sms):
+        def limited(*args, real=real, max_sms, **kwargs):
             limits.append(max_sms)
-            return real(*args)
+            return real(*args, **kwargs)
 
         monkeypatch.setattr(weight_grad, name, limited)
     x, w = _leaves(torch.float32, (5, 3), (2, 3, 4))
