@@ -3,7 +3,8 @@
     python benchmarks/loss_curves.py [arguments of `dualpipe train`]
 
 Trains twice: with the arguments, on all ranks; then in one process, with the first run's batch,
-micro-batches and slots for replicas, and the same seed, so both see the same tokens in every step.
+slots for replicas and seed, so both see the same tokens in every step, and in micro-batches as large
+as the first run's on each of its ranks.
 Expert parallelism, the schedule and the experts that move should change nothing but rounding; in
 BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
 two seeds would.
@@ -27,6 +28,7 @@ from dualpipe_ext.training.progress import read_metrics
 
 _FOLDER = Path("build/benchmarks/loss-curves")
 _SAME = 0.05
+_OF_RANKS = ("--pp", "--ep", "--chunks", "--schedule", "--stage-transport", "--rebalance-every")
 # Steps that a point of the drawn curves is the mean of.
 _SMOOTH = 10
 
@@ -39,7 +41,8 @@ def main(arguments: list[str]) -> int:
     if status:
         return status
     layout = json.loads(next(many.glob("checkpoints/*/layout.json")).read_text())
-    alone = ["--pp", "1", "--ep", "1", "--chunks", str(layout["num_chunks"])]
+    chunks = layout["num_chunks"] * layout["ep"]
+    alone = ["--pp", "1", "--ep", "1", "--chunks", str(chunks)]
     alone += ["--batch", str(layout["batch"]), "--rebalance-every", "0"]
     alone += ["--redundant-experts", str(layout["redundant_experts"]), "--out", str(one)]
     status = _train([*_without_ranks(arguments), *alone])
@@ -80,7 +83,7 @@ def _without_ranks(arguments: list[str]) -> list[str]:
     kept, given = [], iter(arguments)
     for argument in given:
         name, equals, _ = argument.partition("=")
-        if name not in ("--pp", "--ep", "--schedule", "--stage-transport", "--rebalance-every"):
+        if name not in _OF_RANKS:
             kept.append(argument)
         elif not equals:
             next(given, None)

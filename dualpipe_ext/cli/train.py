@@ -55,7 +55,12 @@ class Arguments:
     seed: Annotated[int, typer.Option(help="Seed of everything.", rich_help_panel=_RUN)] = 0
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_RUN)] = 3e-3
     batch: Annotated[
-        int | None, typer.Option(help="Sequences per step over all ranks.", rich_help_panel=_RUN)
+        int | None,
+        typer.Option(
+            help="Sequences per step over all ranks; by default 2 per rank and micro-batch, on "
+            "GPUs 16.",
+            rich_help_panel=_RUN,
+        ),
     ] = None
     seq_len: Annotated[
         int | None,
@@ -222,7 +227,8 @@ def _config(given: Arguments) -> TrainConfig:
         pp=pp,
         ep=ep,
         num_chunks=chunks,
-        batch=given_or(given.batch, 2 * chunks * ep),
+        # On a GPU compute must take longer than launching it, or there is nothing to hide behind.
+        batch=given_or(given.batch, (16 if on_gpus else 2) * chunks * ep),
         seq_len=given_or(given.seq_len, 1024 if on_gpus else 128),
         steps=given.steps,
         lr=given.lr,
