@@ -3,11 +3,10 @@
     python benchmarks/loss_curves.py [arguments of `dualpipe train`]
 
 Trains twice: with the arguments, on all ranks; then in one process, with the first run's batch,
-slots for replicas and seed, so both see the same tokens in every step, and in micro-batches as large
-as the first run's on each of its ranks.
-Expert parallelism, the schedule and the experts that move should change nothing but rounding; in
-BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
-two seeds would.
+slots for replicas and seed, so both see the same tokens in every step, and in micro-batches as
+large as the first run's on each of its ranks. Expert parallelism, the schedule and the experts that
+move should change nothing but rounding; in BF16 that decides close choices of experts otherwise,
+from which on the curves differ as those of two seeds would.
 
 Appends a row to benchmarks/results/loss_curves.csv, and leaves a picture of both and the runs'
 folders in build/benchmarks/loss-curves. Exit code 1:

@@ -37,8 +37,7 @@ def kept_bytes_per_token(config: ModelConfig, *, itemsize: int = 2) -> dict[str,
     return {
         "layer input": plain(hidden),
         "attention norm": plain(hidden, unless=plan.recompute),
-        # Without a copy of its own the value is a view of all three.
-        "query, key, value": plain((3 if plan.recompute else 5) * hidden),
+        "query, key, value": plain(3 * hidden),
         "attention output": plain(hidden) + config.num_heads * wide,
         "MoE input": plain(hidden),
         "MoE norm": plain(hidden, unless=plan.recompute),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext.kernels.rmsnorm import rms_norm
+from dualpipe_ext.kernels.rotary import rotary
 from dualpipe_ext.kernels.swiglu import swiglu
 from dualpipe_ext.memory import Kept, MemoryPlan, in_fp8, recomputed, saved_as
 from dualpipe_ext.models.config import ModelConfig
@@ -58,20 +59,6 @@ def kept_swiglu(
         return swiglu(x, weights), recomputed(swiglu, inputs, weights)
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding over the last dimension of ``x`` [N, A, L, H/A].
-
-    Source: Su et al., RoFormer, 2021; pairs are (i, i + H/2A), as in GPT-NeoX.
-    """
-    half = x.shape[-1] // 2
-    exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-    angles = positions[:, None] * base**-exponents  # [L, H/2A]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions."""
 
@@ -86,12 +73,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *, kept: Kept | None = None) -> Tensor:
         """``x`` [N, L, H] -> [N, L, H]; ``x`` is kept as ``kept`` for the gradient of a weight."""
         heads = linear(x, self.qkv.weight, kept=kept)
-        heads = heads.unflatten(2, (3, self.num_heads, -1))  # [N, L, 3, A, H/A]
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = rotate(query, self.rope_base), rotate(key, self.rope_base)
-        if self.memory.recompute:
-            # A view would keep all of heads, whose other two thirds nobody needs any more.
-            value = value.contiguous()
+        query, key, value = rotary(heads, self.num_heads, self.rope_base)
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         # What attention returned is kept for its own backward; some kernels need a copy here.
         kept = recomputed(_join_heads, mixed) if self.memory.recompute else None

@@ -20,6 +20,7 @@ from dualpipe_ext.kernels import (  # noqa: E402
     fp8_cast,
     permute,
     rmsnorm,
+    rotary,
     router,
     swiglu,
     weighted_rows,
@@ -102,6 +103,22 @@ def test_swiglu_compiles_without_spills(name, rows, weighted, tmp_path):
     assert spills_nothing(compiled, tmp_path)
     # 16-byte global loads: the kernel is bound by memory.
     assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
+def test_rotary_compiles_without_spills(name, rows, tmp_path):
+    kernel, constexprs = getattr(rotary, name), {"HALF": 64, "BLOCK": 512}
+    kinds = {**dict.fromkeys(constexprs, "constexpr"), "table_ptr": "*fp32"}
+    signature = {
+        argument: kinds.get(argument, rows if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
+    }
+    compiled = compile_for_hopper(kernel, signature, constexprs)
+    assert spills_nothing(compiled, tmp_path)
+    wide = "v4" if rows == "*fp32" else "v2"  # 4 values of a thread
+    assert f"ld.global.{wide}" in compiled.asm["ptx"], "expected vector loads"
+    assert f"st.global.{wide}" in compiled.asm["ptx"], "expected vector stores"
 
 
 @pytest.mark.parametrize("wanted", ["both", "rows", "weights"])

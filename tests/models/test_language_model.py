@@ -4,7 +4,7 @@ import torch
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.models import LanguageModelStage, ModelConfig, initialize, split_layers
-from dualpipe_ext.models.layers import Attention, rotate
+from dualpipe_ext.models.layers import Attention
 
 CONFIG = ModelConfig(hidden=32, num_heads=2, expert_hidden=16, shared_hidden=32, num_layers=3)
 
@@ -21,17 +21,6 @@ def test_split_layers_covers_all_in_order(layers, stages, sizes):
 def test_fewer_layers_than_stages_is_refused():
     with pytest.raises(ValueError, match="at least one layer per stage: 4 stages, got 3 layers"):
         split_layers(3, 4)
-
-
-def test_rotation_depends_on_distance_only():
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    rows = rotate(torch.cat([query.expand(1, 1, 9, 16), key.expand(1, 1, 9, 16)], 1), 10_000.0)
-    scores = rows[0, 0] @ rows[0, 1].T
-    for distance in range(-4, 5):
-        diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(scores[0, 0], scores[0, 1])
 
 
 def test_attention_is_causal():

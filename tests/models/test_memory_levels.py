@@ -132,8 +132,10 @@ def unpredicted(dtype: torch.dtype, base: ModelConfig) -> list[tuple[float, int]
 def test_what_is_kept_is_what_was_predicted(dtype):
     plain = unpredicted(dtype, CONFIG)
     for level, (excess, predicted) in zip(LEVELS, plain, strict=True):
-        # Ids, weights and angles: a few per cent at this size, and never less than predicted.
-        assert 0 <= excess <= 0.05 * predicted + 600, level
+        # Ids and weights beyond it. Below it, the scores that a router keeps inside of a block of
+        # ``saved_as``, where they are not counted.
+        hidden = CONFIG.num_experts * max(4, dtype.itemsize) if level else 0
+        assert 0 <= excess + hidden <= 100, (level, predicted)
     fp8 = unpredicted(dtype, FP8_CONFIG)
     assert [excess for excess, _ in fp8] == [excess for excess, _ in plain]
     assert [predicted for _, predicted in fp8] != [predicted for _, predicted in plain]
