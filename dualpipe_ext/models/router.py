@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dualpipe_ext.kernels.bf16_parts import NUM_PARTS, bf16_parts
 from dualpipe_ext.kernels.router import Routing, route
 from dualpipe_ext.models.config import ModelConfig
 
@@ -111,43 +112,36 @@ def routing_logits(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x.to(wide), weight.to(wide))
 
 
+# Orders of parts in which all products below find theirs next to each other: of the weight along E
+# (its rows), of the gradient along E (its columns).
+_OF_WEIGHT, _OF_GRAD = (2, 1, 0, 0), (2, 0, 1, 0)
+
+
 class _Bf16TimesFloat32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        parts = torch.cat(_bf16_parts(weight, 3))  # [3E, H]
-        return _sum_parts(_mm(x, parts.t()).view(len(x), 3, len(weight)), dim=1)
+        parts = bf16_parts(weight, _OF_WEIGHT[:NUM_PARTS], dim=0)  # [3E, H]
+        low, middle, high = _mm(x, parts.t()).view(len(x), NUM_PARTS, len(weight)).unbind(1)
+        return (low + middle) + high
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
-        g = _bf16_parts(grad, 3)
+        num_experts = len(weight)
+        g = bf16_parts(grad, _OF_GRAD, dim=1)  # [T, 4E]
         if ctx.needs_input_grad[0]:
             # Rounded to bfloat16 in the end: two parts each, without the product of the small ones,
-            # are 2**8 times as exact. Side by side along E, so that the product adds them up.
-            w = _bf16_parts(weight, 2)
-            grad_x = torch.cat([g[0], g[1], g[0]], 1) @ torch.cat([w[0], w[0], w[1]])
+            # are 2**8 times as exact: g0 w1 + g1 w0 + g0 w0, added up by the product.
+            w = bf16_parts(weight, _OF_WEIGHT[1:], dim=0)
+            grad_x = g[:, num_experts:] @ w
         if ctx.needs_input_grad[1]:
-            by_part = _mm(torch.cat(g, 1).t(), x).view(3, *weight.shape)
-            grad_weight = _sum_parts(by_part, dim=0).to(weight.dtype)
+            by_part = _mm(g[:, : NUM_PARTS * num_experts].t(), x).view(NUM_PARTS, *weight.shape)
+            low, high, middle = by_part.unbind(0)
+            grad_weight = ((low + middle) + high).to(weight.dtype)
         return grad_x, grad_weight
-
-
-def _bf16_parts(x: Tensor, num_parts: int) -> list[Tensor]:
-    """Bfloat16 numbers that sum to ``x``: two have 16 bits of a float32, three all 24."""
-    parts = []
-    rest = x.float()
-    for _ in range(num_parts):
-        parts.append(rest.bfloat16())
-        rest = rest - parts[-1].float()
-    return parts
-
-
-def _sum_parts(products: Tensor, *, dim: int) -> Tensor:
-    high, middle, low = products.unbind(dim)
-    return (low + middle) + high
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

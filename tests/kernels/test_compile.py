@@ -17,6 +17,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from dualpipe_ext.kernels import (  # noqa: E402
+    bf16_parts,
     fp8_cast,
     permute,
     rmsnorm,
@@ -119,6 +120,20 @@ def test_rotary_compiles_without_spills(name, rows, tmp_path):
     wide = "v4" if rows == "*fp32" else "v2"  # 4 values of a thread
     assert f"ld.global.{wide}" in compiled.asm["ptx"], "expected vector loads"
     assert f"st.global.{wide}" in compiled.asm["ptx"], "expected vector stores"
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (2, 0, 1, 0)], ids=str)
+def test_bf16_parts_compile_without_spills(order, tmp_path):
+    constexprs = {"ORDER": order, "BLOCK": 1024}
+    kinds = {**dict.fromkeys(constexprs, "constexpr"), "x_ptr": "*fp32", "out_ptr": "*bf16"}
+    kernel = bf16_parts._kernel
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    compiled = compile_for_hopper(kernel, signature, constexprs)
+    assert spills_nothing(compiled, tmp_path)
+    assert "ld.global.v4" in compiled.asm["ptx"], "expected vector loads"
+    # Rounded to nearest, and nothing flushed to zero: the parts sum to x exactly.
+    assert "cvt.rn.bf16" in compiled.asm["ptx"]
+    assert ".ftz" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("wanted", ["both", "rows", "weights"])
