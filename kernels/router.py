@@ -201,7 +201,8 @@ def _route_triton(logits, bias, rules, maps, counts):
         return topk_idx, scores, weights, slot_idx
     block_counts = None
     if maps is not None:
-        block_counts = counts.new_empty((num_blocks, num_experts), dtype=torch.int32)
+        # By expert: torch sums up along contiguous numbers ten times as fast as across them.
+        block_counts = counts.new_empty((num_experts, num_blocks), dtype=torch.int32)
     # Triton launches on the current device, whichever one the tensors are on.
     with torch.cuda.device_of(logits):
         _route_kernel[(num_blocks,)](
@@ -224,16 +225,14 @@ def _route_triton(logits, bias, rules, maps, counts):
             enable_fp_fusion=False,
         )
         if maps is not None:
-            before = block_counts.cumsum(0) - block_counts  # int64 [B, E]
             _slot_kernel[(num_blocks,)](
                 topk_idx,
-                before,
+                block_counts.cumsum(1),  # int64 [E, B]
                 maps.log2phy.contiguous(),
                 maps.logcnt.contiguous(),
                 None if maps.split is None else maps.split.contiguous(),
                 slot_idx,
                 num_tokens,
-                num_experts,
                 maps.log2phy.shape[1],
                 maps.offset if maps.split is None else share_phase(maps.offset),
                 TOKENS=sizes["TOKENS"],
@@ -299,8 +298,7 @@ if triton is not None:
         SIZE_PADDED: tl.constexpr,  # noqa: N803
         TOP_K_PADDED: tl.constexpr,  # noqa: N803
     ):
-        NUM_EXPERTS: tl.constexpr = NUM_GROUPS * GROUP_SIZE  # noqa: N806
-        LAST: tl.constexpr = NUM_EXPERTS - 1  # noqa: N806
+        LAST: tl.constexpr = NUM_GROUPS * GROUP_SIZE - 1  # noqa: N806
         block = tl.program_id(0).to(tl.int64)
         token = block * TOKENS + tl.arange(0, TOKENS)
         group = tl.arange(0, GROUPS_PADDED)
@@ -354,18 +352,17 @@ if triton is not None:
         # Integers: the sum is the same in any order.
         tl.atomic_add(counts_ptr + expert, chosen.to(tl.int64), real & (chosen > 0), sem="relaxed")
         if HAS_REPLICAS:
-            tl.store(block_counts_ptr + block * NUM_EXPERTS + expert, chosen, real)
+            tl.store(block_counts_ptr + expert * tl.num_programs(0) + block, chosen, real)
 
     @triton.jit
     def _slot_kernel(
         topk_idx_ptr,
-        before_ptr,
+        up_to_block_ptr,
         log2phy_ptr,
         logcnt_ptr,
         split_ptr,
         slot_idx_ptr,
         num_tokens,
-        num_experts,
         max_replicas,
         start,  # the offset of the round robin, or the phase of a split
         TOKENS: tl.constexpr,  # noqa: N803
@@ -383,7 +380,8 @@ if triton is not None:
         earlier = tl.load(topk_idx_ptr + position, inside, other=-2)
         same = (expert[:, None] == earlier[None, :]) & (pair[None, :] < pair[:, None])
         nth = tl.sum(same.to(tl.int32), axis=1)
-        nth += tl.load(before_ptr + block * num_experts + expert, inside, other=0)
+        before = up_to_block_ptr + expert * tl.num_programs(0) + block - 1
+        nth += tl.load(before, inside & (position >= TOKENS * TOP_K), other=0)
         # Wrong maps must give wrong slots, not reads out of bounds.
         if HAS_SPLIT:  # as dualpipe_ext.eplb.shares.pick_replica
             left = nth.to(tl.int64)

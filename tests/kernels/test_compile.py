@@ -289,7 +289,7 @@ def test_route_compiles_to_the_instructions_of_torch(sizes, replicas, tmp_path):
 
 def slot_arguments(sizes, *, has_split):
     """Pointers and constants of the slot kernel for what ``_sizes`` returned."""
-    names = ("topk_idx_ptr", "before_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
+    names = ("topk_idx_ptr", "up_to_block_ptr", "log2phy_ptr", "logcnt_ptr", "slot_idx_ptr")
     pointers = dict.fromkeys(names, "*i64")
     constexprs = {"TOKENS": sizes["TOKENS"], "TOP_K": sizes["TOP_K"], "HAS_SPLIT": has_split}
     constexprs |= {"PAIRS": sizes["TOKENS"] * sizes["TOP_K_PADDED"], "BITS": SHARE_BITS}
@@ -318,7 +318,7 @@ def test_router_compiles_for_one_of_everything():
     constexprs |= {"HAS_REPLICAS": True, "LIBDEVICE": True}
     assert compile_with_rest_int32(router._route_kernel, pointers, constexprs).asm["cubin"]
 
-    ones = dict.fromkeys(("num_tokens", "num_experts", "max_replicas", "start"), 1)
+    ones = dict.fromkeys(("num_tokens", "max_replicas", "start"), 1)
     for has_split in (False, True):
         pointers, constexprs = slot_arguments(sizes, has_split=has_split)
         compiled = compile_with_rest_int32(router._slot_kernel, pointers, constexprs | ones)
