@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from dualpipe_ext.kernels.backend import runs_triton
+from dualpipe_ext.kernels.router_grad import route_grad
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -160,14 +161,8 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_weights, *_):
-        topk_idx, scores = ctx.saved_tensors
-        total = scores.sum(dim=1, keepdim=True)
-        # weight_i = scale * s_i / total, so d weight_i / d s_j = scale * ([i = j] - s_i / total)
-        # / total, and d s / d logit = s * (1 - s).
-        mean = (grad_weights * scores).sum(dim=1, keepdim=True) / total
-        grad = (grad_weights - mean) * (ctx.route_scale / total) * scores * (1 - scores)
-        grad_logits = grad.new_zeros(len(grad), ctx.num_experts).scatter_(1, topk_idx, grad)
-        return grad_logits, None, None, None, None
+        how = {"num_experts": ctx.num_experts, "route_scale": ctx.route_scale}
+        return route_grad(grad_weights, *ctx.saved_tensors, **how), None, None, None, None
 
 
 def _route_torch(logits, bias, rules, maps, counts):

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dualpipe_ext.ep.expand import filled_rows
 from dualpipe_ext.ep.fp8 import Quantized
 from dualpipe_ext.ep.transport import Rows
 from dualpipe_ext.kernels.weighted_rows import weighted_rows_grad
@@ -151,12 +150,16 @@ class _Combine(torch.autograd.Function):
         arrived = ctx.transport.dispatch(grad_y, None, ctx.handle).tokens
         grad_rows, grad_weights = arrived, None
         if weights is not None:
+            # A GEMM may leave anything in padding rows, NaN times zero included.
+            padded = (ctx.handle.offsets, ctx.handle.counts) if needs_weights else None
             grad_rows, products = weighted_rows_grad(
-                arrived, rows if needs_weights else None, weights if needs_rows else None
+                arrived,
+                rows if needs_weights else None,
+                weights if needs_rows else None,
+                groups=padded,
             )
             if needs_weights:
-                # A GEMM may leave anything in padding rows, NaN times zero included.
-                grad_weights = torch.where(_filled(ctx.handle), products.to(weights.dtype), 0)
+                grad_weights = products.to(weights.dtype)
         return (
             grad_rows if needs_rows else None,
             grad_weights,
@@ -169,7 +172,3 @@ class _Combine(torch.autograd.Function):
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _filled(handle: Any) -> Tensor:
-    return filled_rows(handle.offsets, handle.counts, handle.num_rows)

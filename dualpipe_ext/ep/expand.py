@@ -146,20 +146,6 @@ def collapse_weights(weights: Tensor, expert_map: ExpertMap, num_rows: int) -> T
     return out
 
 
-def filled_rows(offsets: Tensor, counts: Tensor, num_rows: int) -> Tensor:
-    """bool [M]: which expert rows hold a token, and which are padding.
-
-    >>> filled_rows(torch.tensor([2, 6]), torch.tensor([1, 3]), 7).int().tolist()
-    [1, 0, 1, 1, 1, 0, 0]
-    """
-    starts = offsets.roll(1)
-    starts[:1] = 0
-    # One group more, without rows, for what lies past the last group.
-    last_filled = torch.cat([starts + counts, counts.new_zeros(1)])
-    place = torch.arange(num_rows, device=offsets.device)
-    return place < last_filled[torch.searchsorted(offsets, place, right=True)]
-
-
 def _table(kernels: ModuleType, expert_map: ExpertMap, num_rows: int) -> Tensor:
     m = expert_map
     return kernels.expert_rows_of(m.row, m.turn, m.position, num_rows=num_rows, top_k=m.top_k)

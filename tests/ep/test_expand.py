@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dualpipe_ext.kernels.weighted_rows import filled_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ def test_expand_equals_reference(routing: Routing, alignment: int, spare: int) -
     assert torch.equal(expand.collapse_weights(padded_weights, m, len(idx)), w * (idx >= 0))
     (want_y,) = reference.combine([padded_tokens], [idx], weights=[padded_weights], **how)
     assert torch.equal(expand.reduce(padded_tokens, m, len(idx), padded_weights), want_y)
-    filled = expand.filled_rows(m.offsets, want.counts, num_rows)
+    filled = filled_rows(m.offsets, want.counts, num_rows)
     assert torch.equal(filled.nonzero()[:, 0], m.position.sort().values)
 
 

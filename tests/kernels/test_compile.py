@@ -23,6 +23,7 @@ from dualpipe_ext.kernels import (  # noqa: E402
     rmsnorm,
     rotary,
     router,
+    router_grad,
     swiglu,
     weighted_rows,
 )
@@ -141,9 +142,13 @@ def test_bf16_parts_compile_without_spills(order, tmp_path):
 def test_weighted_rows_compile_without_spills(rows, wanted, tmp_path):
     kernel = weighted_rows._kernel
     signature = {k: rows if k.endswith("_ptr") else "i32" for k in kernel.arg_names}
-    signature |= {"weights_ptr": "*fp32", "products_ptr": "*fp32", "BLOCK": "constexpr"}
-    absent = {"rows": ("rows_ptr", "products_ptr"), "weights": ("weights_ptr", "grad_rows_ptr")}
-    constexprs = {"BLOCK": 1024} | dict.fromkeys(absent.get(wanted, ()))
+    signature |= {"weights_ptr": "*fp32", "products_ptr": "*fp32"}
+    signature |= {"offsets_ptr": "*i32", "counts_ptr": "*i64"}
+    absent = {
+        "rows": ("rows_ptr", "products_ptr", "offsets_ptr", "counts_ptr"),
+        "weights": ("weights_ptr", "grad_rows_ptr"),
+    }
+    constexprs = {"BLOCK": 1024, "GROUPS": 128} | dict.fromkeys(absent.get(wanted, ()))
     signature |= dict.fromkeys(constexprs, "constexpr")
     compiled = compile_for_hopper(kernel, signature, constexprs)
     assert spills_nothing(compiled, tmp_path)
@@ -285,6 +290,20 @@ def test_route_compiles_to_the_instructions_of_torch(sizes, replicas, tmp_path):
     assert not re.search(r"div\.(full|approx)|div\.rn\.ftz|rcp\.approx", ptx)
     if sizes[0] == 256:
         assert "ld.global.v4" in ptx, "expected vector loads"
+
+
+@pytest.mark.parametrize("top_k", [1, 6, 8])
+def test_router_grad_compiles_without_spills(top_k, tmp_path):
+    pointers = dict.fromkeys(("grad_weights_ptr", "scores_ptr", "out_ptr"), "*fp32")
+    pointers |= {"topk_idx_ptr": "*i64", "route_scale": "fp32"}
+    constexprs = {"TOP_K": top_k, "TOP_K_PADDED": 8, "TOKENS": 8, "COLUMNS": 256}
+    compiled = compile_with_rest_int32(router_grad._kernel, pointers, constexprs)
+    assert spills_nothing(compiled, tmp_path)
+    # All zeros are there before a gradient takes the place of one.
+    ptx = compiled.asm["ptx"]
+    barrier = ptx.rindex("bar.sync")
+    assert "st.global.v4" in ptx[:barrier]
+    assert "st.global" in ptx[barrier:]
 
 
 def slot_arguments(sizes, *, has_split):

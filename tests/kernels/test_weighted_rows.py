@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dualpipe_ext.kernels.weighted_rows import weighted_rows_grad
+from dualpipe_ext.kernels.weighted_rows import filled_rows, weighted_rows_grad
 
 # A column count below, at and above one block of 1024, and one that fills it partly.
 SIZES = [1, 24, 1024, 1500]
@@ -55,6 +55,30 @@ def test_only_what_is_wanted():
     assert torch.equal(only_weights[1], both[1])
     assert only_rows[1] is None
     assert only_weights[0] is None
+
+
+# END rows of groups and rows that hold something: the docstring's, empty groups first, last and in
+# between, nothing at all, no padding.
+GROUPS = [
+    ([2, 6], [1, 3], [1, 0, 1, 1, 1, 0, 0]),
+    ([0, 3, 3, 5, 5], [0, 2, 0, 2, 0], [1, 1, 0, 1, 1, 0, 0]),
+    ([0, 0, 0], [0, 0, 0], [0] * 7),
+    ([7], [7], [1] * 7),
+]
+
+
+@pytest.mark.parametrize(("ends", "counts", "filled"), GROUPS)
+def test_weights_of_padding_rows_get_nothing(ends, counts, filled):
+    groups = torch.tensor(ends, dtype=torch.int32), torch.tensor(counts)
+    assert filled_rows(*groups, 7).int().tolist() == filled
+    filled = torch.tensor(filled).bool()
+    grad, rows, weights = inputs(7, 40)
+    plain = weighted_rows_grad(grad, rows, weights)
+    rows[~filled] = float("nan")
+    grad_rows, grad_weights = weighted_rows_grad(grad, rows, weights, groups=groups)
+    assert torch.equal(grad_rows, plain[0])
+    assert torch.equal(grad_weights, torch.where(filled, plain[1], 0))
+    assert weighted_rows_grad(grad, None, weights, groups=groups)[1] is None
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
