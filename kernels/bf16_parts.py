@@ -43,7 +43,7 @@ def bf16_parts(x: Tensor, order: tuple[int, ...], *, dim: int) -> Tensor:
         raise ValueError(f"expected float32 [R, C] and dim 0 or 1, got {x.dtype} {list(x.shape)}")
     if not order or any(part not in range(NUM_PARTS) for part in order):
         raise ValueError(f"expected an order of parts 0 to {NUM_PARTS - 1}, got {order}")
-    x = x.float()
+    x = x.detach().float()  # parameters, as plain tensors
     # Not where a compiler traces, which fuses the torch operations itself.
     if type(x) is not Tensor or not runs_triton(x):
         parts = []

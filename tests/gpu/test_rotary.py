@@ -72,6 +72,6 @@ def test_more_than_2_to_31_elements():
     qkv[0, -1] = 1.0
     query, key, value = rotary(qkv, 16, BASE)
     assert (value[0, :, -1] == 1).all()
-    assert query[0, :, -1].float().square().sum() == pytest.approx(2048, rel=0.01)
+    assert query[0, :, -1].float().square().sum().item() == pytest.approx(2048, rel=0.01)
     for part in (query, key, value):
         assert not part[0, :, :-1].any()
