@@ -24,6 +24,7 @@ import torch
 from dualpipe_ext.kernels import persistent_gemm
 from dualpipe_ext.kernels.backend import accumulator_dtype
 from dualpipe_ext.kernels.fp8_format import BLOCK, SMALLEST_AMAX, power_of_two_scales
+from dualpipe_ext.kernels.gemm_tiles import padded_groups
 from dualpipe_ext.kernels.grouped_gemm import (
     added,
     check_max_sms,
@@ -40,7 +41,7 @@ try:
     import triton
     import triton.language as tl
     from dualpipe_ext.kernels.fp8_cast import largest_magnitude, pow2_scales_of
-    from dualpipe_ext.kernels.persistent_gemm import group_rows
+    from dualpipe_ext.kernels.gemm_tiles import group_rows
 except ImportError:  # not on every platform that torch runs on
     triton = None
 
@@ -290,7 +291,7 @@ def quantize_columns_into(
             x.shape[1],
             num_groups,
             values.stride(0),
-            GROUPS=persistent_gemm.padded_groups(num_groups),
+            GROUPS=padded_groups(num_groups),
             SMALLEST_AMAX=SMALLEST_AMAX,
             BLOCK=BLOCK,
             num_warps=8,

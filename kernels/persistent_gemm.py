@@ -27,12 +27,21 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from dualpipe_ext.kernels.gemm_tiles import padded_groups
 from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from dualpipe_ext.kernels.gemm_tiles import (
+        add_scaled,
+        call_to_l2,
+        group_rows,
+        load_weights,
+        next_tile,
+        place,
+    )
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # not on every platform that torch runs on
     triton = None
@@ -238,12 +247,6 @@ def _tile(scaled: bool, itemsize: int) -> dict[str, Any]:
     }
 
 
-def padded_groups(num_groups: int) -> int:
-    """What the kernels count groups with: a power of two of at least as many."""
-    # Fewer than a warp has threads are no cheaper, and each number is compiled anew.
-    return max(32, triton.next_power_of_2(num_groups))
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -273,81 +276,6 @@ def _grid(device: torch.device, max_sms: int | None, num_tiles: int, steps_of_ti
 
 
 if triton is not None:
-
-    @triton.jit
-    def group_rows(
-        offsets_ptr,
-        num_rows,
-        num_groups,
-        GROUPS: tl.constexpr,  # noqa: N803  Triton's convention for compile-time arguments
-    ):
-        """Sizes and ends of the groups; the rows of none are one group more, others are empty.
-
-        Example: offsets [2, 2, 3] of 4 rows, GROUPS 8: sizes [2, 0, 1, 1, 0, 0, 0, 0], ends
-        [2, 2, 3, 4, 4, 4, 4, 4].
-        """
-        group = tl.arange(0, GROUPS)
-        starts = tl.load(offsets_ptr + group - 1, (group > 0) & (group <= num_groups), other=0)
-        starts = tl.where(group > num_groups, num_rows, starts)
-        ends = tl.load(offsets_ptr + group, group < num_groups, other=num_rows)
-        # Whatever the offsets say, rows outside the tensors are never touched.
-        starts = tl.minimum(tl.maximum(starts, 0), num_rows)
-        ends = tl.minimum(tl.maximum(ends, 0), num_rows)
-        return tl.maximum(ends - starts, 0), ends
-
-    @triton.jit
-    def _place(tile, row_tiles, col_tiles, SWEEP: tl.constexpr):  # noqa: N803
-        """Row and column of a group's tile: column by column within sweeps of SWEEP rows."""
-        sweep = tile // (SWEEP * col_tiles)
-        rest = tile - sweep * SWEEP * col_tiles
-        # At least one: offsets that decrease give tiles to groups without rows.
-        rows = tl.maximum(tl.minimum(row_tiles - sweep * SWEEP, SWEEP), 1)
-        return sweep * SWEEP + rest % rows, rest // rows
-
-    @triton.jit
-    def _next_tile(queue_ptr, tile, tiles_each, num_tiles):
-        """From the queue, one that nobody has; without a queue the next of this CTA's own.
-
-        Every CTA begins with its own ``tiles_each``, of which with a queue there is one.
-        """
-        if queue_ptr is None:
-            own = tile + 1 < (tl.program_id(0) + 1) * tiles_each
-            return tl.where(own, tile + 1, num_tiles)
-        else:  # noqa: RET505  Triton compiles one branch; without else it would see both
-            return tl.num_programs(0) + tl.atomic_add(queue_ptr, 1, sem="relaxed")
-
-    @triton.jit
-    def _add_scaled(total, product, scales, IN_ORDER: tl.constexpr):  # noqa: N803
-        """``total + product * scales``, with one rounding."""
-        if IN_ORDER:
-            # As assembly, because the compiler would gather those of both halves behind the second
-            # product: 128 registers more than there are. The interpreter has no assembly.
-            return tl.inline_asm_elementwise(
-                "fma.rn.f32 $0, $1, $2, $3;",
-                "=f,f,f,f",
-                [product, scales.broadcast_to(product.shape), total],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        else:  # noqa: RET505
-            return total + product * scales
-
-    @triton.jit
-    def _load_weights(
-        w_desc,
-        group,
-        k,
-        col,
-        W_TRANSPOSED: tl.constexpr,  # noqa: N803
-        BLOCK_N: tl.constexpr,  # noqa: N803
-        BLOCK_K: tl.constexpr,  # noqa: N803
-    ):
-        if W_TRANSPOSED:
-            return w_desc.load([group, col, k]).reshape(BLOCK_N, BLOCK_K).T
-        else:  # noqa: RET505
-            return w_desc.load([group, k, col]).reshape(BLOCK_K, BLOCK_N)
-
     # Not compiled again for numbers of rows that are multiples of 16: they change in every step.
     @triton.jit(do_not_specialize=["num_rows", "num_groups", "tiles_each"])
     def _rows_kernel(
@@ -383,14 +311,14 @@ if triton is not None:
         num_tiles = tl.max(last_row_tile, 0) * col_tiles
         tile = tl.program_id(0) * tiles_each
         while tile < num_tiles:
-            next_tile = _next_tile(queue_ptr, tile, tiles_each, num_tiles)
+            following = next_tile(queue_ptr, tile, tiles_each, num_tiles)
             before = last_row_tile * col_tiles <= tile
             group = tl.sum(before.to(tl.int32), 0)
             first = tl.max(tl.where(before, last_row_tile, 0), 0) * col_tiles
             start = tl.max(tl.where(before, ends, 0), 0)
             end = tl.min(tl.where(before, num_rows, ends), 0)
             row_tiles = tl.cdiv(end - start, BLOCK_M)
-            row_tile, col_tile = _place(tile - first, row_tiles, col_tiles, SWEEP)
+            row_tile, col_tile = place(tile - first, row_tiles, col_tiles, SWEEP)
             # Rows of the next group may be read along with this one's; they are not stored.
             row = start + row_tile * BLOCK_M
             rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -411,13 +339,13 @@ if triton is not None:
                 new_sums = ()
                 for part in tl.static_range(PARTS):
                     col = first_col + part * BLOCK_N
-                    w = _load_weights(w_desc, group, k, col, W_TRANSPOSED, BLOCK_N, BLOCK_K)
+                    w = load_weights(w_desc, group, k, col, W_TRANSPOSED, BLOCK_N, BLOCK_K)
                     if SCALED:
                         w_scale = tl.load(
                             w_scales + col // BLOCK_N * w_scales_n, col < size_n, other=0.0
                         )
                         scales = (x_scales * w_scale)[:, None]
-                        new_sum = _add_scaled(sums[part], tl.dot(x, w), scales, IN_ORDER)
+                        new_sum = add_scaled(sums[part], tl.dot(x, w), scales, IN_ORDER)
                     else:
                         new_sum = tl.dot(x, w, sums[part])
                     new_sums = new_sums + (new_sum,)  # noqa: RUF005
@@ -427,7 +355,7 @@ if triton is not None:
                 inside = (rows < end)[:, None] & (cols < size_n)[None, :]
                 at = out_ptr + rows[:, None] * size_n + cols[None, :]
                 tl.store(at, sums[part].to(out_ptr.dtype.element_ty), inside)
-            tile = next_tile
+            tile = following
 
     @triton.jit(do_not_specialize=["num_rows", "num_groups", "tiles_each"])
     def _columns_kernel(
@@ -456,9 +384,6 @@ if triton is not None:
         SWEEP: tl.constexpr,  # noqa: N803
         IN_ORDER: tl.constexpr,  # noqa: N803
     ):
-        # What is added to is on its way for about as long as the products take, so it is loaded
-        # before them: as far as registers hold it, which they do in 16 bits.
-        EARLY: tl.constexpr = ADD and out_ptr.dtype.element_ty.primitive_bitwidth == 16  # noqa: N806
         sizes, ends = group_rows(offsets_ptr, num_rows, num_groups, GROUPS)
         index = tl.arange(0, GROUPS)
         row_tiles = tl.cdiv(size_k, BLOCK_M)
@@ -467,13 +392,14 @@ if triton is not None:
         num_tiles = num_groups * tiles
         tile = tl.program_id(0) * tiles_each
         while tile < num_tiles:
-            next_tile = _next_tile(queue_ptr, tile, tiles_each, num_tiles)
+            following = next_tile(queue_ptr, tile, tiles_each, num_tiles)
             group = tile // tiles
-            row_tile, col_tile = _place(tile - group * tiles, row_tiles, col_tiles, SWEEP)
+            row_tile, col_tile = place(tile - group * tiles, row_tiles, col_tiles, SWEEP)
             row, col = row_tile * BLOCK_M, col_tile * BLOCK_N
             rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-            at = out_ptr + (group.to(tl.int64) * size_k + rows[:, None]) * size_n + cols[None, :]
-            inside = (rows < size_k)[:, None] & (cols < size_n)[None, :]
+            out_group = out_ptr + group.to(tl.int64) * size_k * size_n
+            if ADD and IN_ORDER:
+                call_to_l2(out_group, row, col, size_k, size_n, BLOCK_M, BLOCK_N)
             size = tl.sum(tl.where(index == group, sizes, 0), 0)
             total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             if SCALED:
@@ -483,8 +409,6 @@ if triton is not None:
                 grad_scales_at = grad_scales_ptr + first.to(tl.int64) * size_n
                 # No more blocks than there are, whatever the offsets say.
                 last = tl.minimum(first + tl.cdiv(size, BLOCK_K), num_rows // BLOCK_K + num_groups)
-                if EARLY:
-                    so_far = tl.load(at, inside)
                 for block in range(first, last):
                     x_scales = tl.load(x_scales_at + rows, rows < size_k, other=0.0)
                     grad_scales = tl.load(grad_scales_at + cols, cols < size_n, other=0.0)
@@ -493,36 +417,30 @@ if triton is not None:
                     x = x_desc.load([row, block * BLOCK_K])
                     grad = grad_desc.load([col, block * BLOCK_K])
                     scales = x_scales[:, None] * grad_scales[None, :]
-                    total = _add_scaled(total, tl.dot(x, grad.T), scales, IN_ORDER)
+                    total = add_scaled(total, tl.dot(x, grad.T), scales, IN_ORDER)
             else:
                 start = tl.sum(tl.where(index == group, ends, 0), 0) - size
                 whole = size // BLOCK_K
-                if whole * BLOCK_K < size:
-                    # What follows the group's last rows is not zero: those one by one. First, as
-                    # there are registers for it as long as none hold what is loaded below.
-                    left = (whole * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-                    places = start + left
-                    x_inside = (left < size)[:, None] & (rows < size_k)[None, :]
-                    x = tl.load(
-                        x_ptr + places[:, None] * x_stride + rows[None, :], x_inside, other=0.0
-                    )
-                    grad_inside = (left < size)[:, None] & (cols < size_n)[None, :]
-                    grad = tl.load(
-                        grad_ptr + places[:, None] * grad_stride + cols[None, :],
-                        grad_inside,
-                        other=0.0,
-                    )
-                    total = tl.dot(x.T, grad, total)
-                if EARLY:
-                    so_far = tl.load(at, inside)
                 for block in range(whole):
                     x = x_desc.load([start + block * BLOCK_K, row])
                     grad = grad_desc.load([start + block * BLOCK_K, col])
                     total = tl.dot(x.T, grad, total)
+                if whole * BLOCK_K < size:
+                    # What follows the group's last rows is not zero: those one by one.
+                    left = (whole * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+                    at = start + left
+                    x_inside = (left < size)[:, None] & (rows < size_k)[None, :]
+                    x = tl.load(x_ptr + at[:, None] * x_stride + rows[None, :], x_inside, other=0.0)
+                    grad_inside = (left < size)[:, None] & (cols < size_n)[None, :]
+                    grad = tl.load(
+                        grad_ptr + at[:, None] * grad_stride + cols[None, :], grad_inside, other=0.0
+                    )
+                    total = tl.dot(x.T, grad, total)
+            at = out_group + rows[:, None].to(tl.int64) * size_n + cols[None, :]
+            inside = (rows < size_k)[:, None] & (cols < size_n)[None, :]
             out = total.to(out_ptr.dtype.element_ty)
             if ADD:
-                if not EARLY:
-                    so_far = tl.load(at, inside)
+                so_far = tl.load(at, inside)
                 out = (so_far.to(tl.float32) + out.to(tl.float32)).to(out_ptr.dtype.element_ty)
             tl.store(at, out, inside)
-            tile = next_tile
+            tile = following

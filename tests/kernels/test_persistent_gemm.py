@@ -188,18 +188,3 @@ def test_no_more_blocks_than_there_are():
     how = {"x_scales": scales[:7], "grad_scales": scales[:7]}
     out = multiply_columns(columns, columns, offsets, num_rows=300, out_dtype=torch.float32, **how)
     assert torch.isfinite(out).all()
-
-
-def test_group_rows_example():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def kernel(offsets_ptr, out_ptr, num_rows, num_groups, GROUPS: tl.constexpr):  # noqa: N803
-        sizes, ends = persistent_gemm.group_rows(offsets_ptr, num_rows, num_groups, GROUPS)
-        tl.store(out_ptr + tl.arange(0, GROUPS), sizes)
-        tl.store(out_ptr + GROUPS + tl.arange(0, GROUPS), ends)
-
-    out = torch.empty(2, 8, dtype=torch.int32)
-    kernel[(1,)](int32([2, 2, 3]), out, 4, 3, GROUPS=8)
-    assert out.tolist() == [[2, 0, 1, 1, 0, 0, 0, 0], [2, 2, 3, 4, 4, 4, 4, 4]]
