@@ -3,10 +3,10 @@
     python benchmarks/loss_curves.py [arguments of `dualpipe train`]
 
 Trains twice: with the arguments, on all ranks; then in one process, with the first run's batch,
-slots for replicas and seed, so both see the same tokens in every step, and in micro-batches as
-large as the first run's on each of its ranks. Expert parallelism, the schedule and the experts that
-move should change nothing but rounding; in BF16 that decides close choices of experts otherwise,
-from which on the curves differ as those of two seeds would.
+micro-batches and slots for replicas, and the same seed, so both see the same tokens in every step.
+Expert parallelism, the schedule and the experts that move should change nothing but rounding; in
+BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
+two seeds would.
 
 Appends a row to benchmarks/results/loss_curves.csv, and leaves a picture of both and the runs'
 folders in build/benchmarks/loss-curves. Exit code 1:
@@ -27,7 +27,6 @@ from dualpipe_ext.training.progress import read_metrics
 
 _FOLDER = Path("build/benchmarks/loss-curves")
 _SAME = 0.05
-_OF_RANKS = ("--pp", "--ep", "--chunks", "--schedule", "--stage-transport", "--rebalance-every")
 # Steps that a point of the drawn curves is the mean of.
 _SMOOTH = 10
 
@@ -40,8 +39,7 @@ def main(arguments: list[str]) -> int:
     if status:
         return status
     layout = json.loads(next(many.glob("checkpoints/*/layout.json")).read_text())
-    chunks = layout["num_chunks"] * layout["ep"]
-    alone = ["--pp", "1", "--ep", "1", "--chunks", str(chunks)]
+    alone = ["--pp", "1", "--ep", "1", "--chunks", str(layout["num_chunks"])]
     alone += ["--batch", str(layout["batch"]), "--rebalance-every", "0"]
     alone += ["--redundant-experts", str(layout["redundant_experts"]), "--out", str(one)]
     status = _train([*_without_ranks(arguments), *alone])
@@ -82,7 +80,7 @@ def _without_ranks(arguments: list[str]) -> list[str]:
     kept, given = [], iter(arguments)
     for argument in given:
         name, equals, _ = argument.partition("=")
-        if name not in _OF_RANKS:
+        if name not in ("--pp", "--ep", "--schedule", "--stage-transport", "--rebalance-every"):
             kept.append(argument)
         elif not equals:
             next(given, None)

@@ -26,7 +26,7 @@ def bf16_parts(x: Tensor, order: tuple[int, ...], *, dim: int) -> Tensor:
     """Parts of ``x`` in the given order, along ``dim``.
 
     Args:
-        x: float32 (or float64, rounded to it first) [R, C].
+        x: float32 [R, C].
         order: numbers of parts, 0 to 2; of N entries.
         dim: 0 or 1.
 
@@ -39,11 +39,11 @@ def bf16_parts(x: Tensor, order: tuple[int, ...], *, dim: int) -> Tensor:
     Example: of 1 + 2**-9 + 2**-18, whose parts are 1, 2**-9 and 2**-18, the order (2, 0) gives
     [2**-18, 1].
     """
-    if x.dim() != 2 or x.dtype not in (torch.float32, torch.float64) or dim not in (0, 1):
+    if x.dim() != 2 or x.dtype != torch.float32 or dim not in (0, 1):
         raise ValueError(f"expected float32 [R, C] and dim 0 or 1, got {x.dtype} {list(x.shape)}")
     if not order or any(part not in range(NUM_PARTS) for part in order):
         raise ValueError(f"expected an order of parts 0 to {NUM_PARTS - 1}, got {order}")
-    x = x.detach().float()  # parameters, as plain tensors
+    x = x.detach()  # parameters, as plain tensors
     # Not where a compiler traces, which fuses the torch operations itself.
     if type(x) is not Tensor or not runs_triton(x):
         parts = []

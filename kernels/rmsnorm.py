@@ -62,7 +62,9 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_rows, size = x.shape
     y = torch.empty(num_rows, size, dtype=x.dtype, device=x.device)
     if num_rows:
-        _forward_kernel[(num_rows,)](x, weight, y, size, x.stride(0), eps, **_launch(size))
+        # Triton launches on the current device, whichever one the tensors are on.
+        with torch.cuda.device_of(x):
+            _forward_kernel[(num_rows,)](x, weight, y, size, x.stride(0), eps, **_launch(size))
     return y
 
 
@@ -90,19 +92,20 @@ def rms_norm_backward(
     if size > _MAX_BLOCK:
         kernel = _wide_backward_kernel
         partial.zero_()
-    kernel[(programs,)](
-        grad_y,
-        x,
-        weight,
-        grad_x,
-        partial,
-        num_rows,
-        size,
-        grad_y.stride(0),
-        x.stride(0),
-        eps,
-        **_launch(size),
-    )
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](
+            grad_y,
+            x,
+            weight,
+            grad_x,
+            partial,
+            num_rows,
+            size,
+            grad_y.stride(0),
+            x.stride(0),
+            eps,
+            **_launch(size),
+        )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 

@@ -73,9 +73,11 @@ def rotary_forward(heads: Tensor, table: Tensor, out: Tensor) -> None:
     if heads.numel() == 0:
         return
     pairs = num_heads * size // 2
-    _forward_kernel[(num * length,)](
-        heads, table, out, length, num * length, pairs, HALF=size // 2, BLOCK=_block(pairs)
-    )
+    # Triton launches on the current device, whichever one the tensors are on.
+    with torch.cuda.device_of(heads):
+        _forward_kernel[(num * length,)](
+            heads, table, out, length, num * length, pairs, HALF=size // 2, BLOCK=_block(pairs)
+        )
 
 
 def rotary_backward(grads: tuple[Tensor, Tensor, Tensor], table: Tensor, out: Tensor) -> None:
@@ -90,16 +92,17 @@ def rotary_backward(grads: tuple[Tensor, Tensor, Tensor], table: Tensor, out: Te
     if out.numel() == 0:
         return
     pairs = num_heads * size // 2
-    _backward_kernel[(num * length,)](
-        *grads,
-        table,
-        out,
-        length,
-        pairs,
-        *(stride for grad in grads for stride in grad.stride()[:3]),
-        HALF=size // 2,
-        BLOCK=_block(pairs),
-    )
+    with torch.cuda.device_of(out):
+        _backward_kernel[(num * length,)](
+            *grads,
+            table,
+            out,
+            length,
+            pairs,
+            *(stride for grad in grads for stride in grad.stride()[:3]),
+            HALF=size // 2,
+            BLOCK=_block(pairs),
+        )
 
 
 def _block(pairs: int) -> int:
@@ -148,6 +151,9 @@ def _table_for(heads: Tensor, base: float) -> Tensor:
     """Cosines and sines [2, L, D / 2], in the dtype that is computed in."""
     length, half = heads.shape[1], heads.shape[4] // 2
     sizes = (length, half, base, accumulator_dtype(heads.dtype))
+    if type(heads) is not Tensor or torch.compiler.is_compiling():
+        # Tensors of a tracer are not to be kept for others.
+        return _table(*sizes, heads.device)
     if not heads.is_cuda:
         return _kept_table(*sizes, heads.device, 0)
     if torch.cuda.is_current_stream_capturing():
@@ -187,7 +193,8 @@ if triton is not None:
         cos = tl.load(at, inside, other=0.0)
         return cos, tl.load(at + length * HALF, inside, other=0.0)
 
-    @triton.jit
+    # A constant, as Triton makes of 1, has no dtype to widen.
+    @triton.jit(do_not_specialize=["num_tokens"])
     def _forward_kernel(
         heads_ptr,
         table_ptr,

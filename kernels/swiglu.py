@@ -57,17 +57,19 @@ def swiglu_forward(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
     y = torch.empty(num_rows, size, dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
         return y
-    _forward_kernel[(num_rows,)](
-        gate,
-        up,
-        weights,
-        y,
-        size,
-        gate.stride(0),
-        up.stride(0),
-        HAS_WEIGHTS=weights is not None,
-        BLOCK=_block(size),
-    )
+    # Triton launches on the current device, whichever one the tensors are on.
+    with torch.cuda.device_of(gate):
+        _forward_kernel[(num_rows,)](
+            gate,
+            up,
+            weights,
+            y,
+            size,
+            gate.stride(0),
+            up.stride(0),
+            HAS_WEIGHTS=weights is not None,
+            BLOCK=_block(size),
+        )
     return y
 
 
@@ -97,23 +99,24 @@ def swiglu_backward(
     grad_weights = None if weights is None else torch.zeros_like(weights)
     if gate.numel() == 0:
         return grad_weights
-    _backward_kernel[(num_rows,)](
-        grad_y,
-        gate,
-        up,
-        weights,
-        grad_gate,
-        grad_up,
-        grad_weights,
-        size,
-        grad_y.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        grad_gate.stride(0),
-        grad_up.stride(0),
-        HAS_WEIGHTS=weights is not None,
-        BLOCK=_block(size),
-    )
+    with torch.cuda.device_of(gate):
+        _backward_kernel[(num_rows,)](
+            grad_y,
+            gate,
+            up,
+            weights,
+            grad_gate,
+            grad_up,
+            grad_weights,
+            size,
+            grad_y.stride(0),
+            gate.stride(0),
+            up.stride(0),
+            grad_gate.stride(0),
+            grad_up.stride(0),
+            HAS_WEIGHTS=weights is not None,
+            BLOCK=_block(size),
+        )
     return grad_weights
 
 

@@ -121,7 +121,7 @@ class _Bf16TimesFloat32(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        parts = bf16_parts(weight, _OF_WEIGHT[:NUM_PARTS], dim=0)  # [3E, H]
+        parts = bf16_parts(weight.float(), _OF_WEIGHT[:NUM_PARTS], dim=0)  # [3E, H]
         low, middle, high = _mm(x, parts.t()).view(len(x), NUM_PARTS, len(weight)).unbind(1)
         return (low + middle) + high
 
@@ -135,7 +135,7 @@ class _Bf16TimesFloat32(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # Rounded to bfloat16 in the end: two parts each, without the product of the small ones,
             # are 2**8 times as exact: g0 w1 + g1 w0 + g0 w0, added up by the product.
-            w = bf16_parts(weight, _OF_WEIGHT[1:], dim=0)
+            w = bf16_parts(weight.float(), _OF_WEIGHT[1:], dim=0)
             grad_x = g[:, num_experts:] @ w
         if ctx.needs_input_grad[1]:
             by_part = _mm(g[:, : NUM_PARTS * num_experts].t(), x).view(NUM_PARTS, *weight.shape)

@@ -7,8 +7,9 @@ Biases and all other parameters get their gradients at once.
 
 In backwards that are known to be for ``.grad``, which are those of :class:`WeightGradStore`, a
 gradient is added to what is there by the kernel that computes it, where it can: with the bits of
-autograd's own addition, which for the experts of a layer is as much work as all of their weight
-gradients' products (docs/LOG.md, "Overlapped pairs").
+``.grad += gradient``, which for the experts of a layer is as much work as all of their weight
+gradients' products (docs/LOG.md, "Overlapped pairs"). A weight that is used twice in one backward
+gets one addition after the other; autograd would sum up both gradients first.
 
 The gradient of the weight is all that the input is kept for, so these layers can keep it in another
 form (``dualpipe_ext.memory.kept``), which they restore when they compute that gradient: in the
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 # adds to ``.grad``. Module globals and nothing thread-local: for CUDA, autograd runs the backward
 # on a thread of its own while the caller waits.
 _deferred: list[_Closure | None] | None = None
-_accumulating = False
+_accumulating = 0  # users who have said so
 
 # SMs for a product: a number, None for all, or what is asked whenever a product is launched, since
 # the backward of a layer may have other things beside it than its forward.
@@ -73,7 +74,10 @@ class WeightGradStore:
 
     @contextmanager
     def deferring(self, key: Hashable) -> Iterator[None]:
-        """While active, every backward in this process defers its weight gradients to ``key``."""
+        """While active, backwards in this process defer their weight gradients to ``key``.
+
+        Not those of weights with hooks on their gradient, which autograd would call with None.
+        """
         global _deferred
         assert _deferred is None, "deferring() does not nest"
         _deferred = self._closures.setdefault(key, [])
@@ -88,15 +92,17 @@ class WeightGradStore:
     def at_once(self) -> Iterator[None]:
         """While active, backwards add weight gradients to ``.grad`` themselves, at once.
 
-        For ``backward()`` alone: ``torch.autograd.grad`` would not get those gradients.
+        Only where autograd would do so, and not for weights with hooks (but hooks in front of a
+        weight's ``AccumulateGrad`` node are not seen, and are called with None). All uses of a
+        weight in a backward are to be on one stream: autograd's order between streams is gone.
         """
         global _accumulating
         assert _deferred is None, "at_once() does not go into deferring()"
-        before, _accumulating = _accumulating, True
+        _accumulating += 1
         try:
             yield
         finally:
-            _accumulating = before
+            _accumulating -= 1
 
     def parts(self, key: Hashable) -> list[int]:
         """Numbers, in the order of deferring, of the gradients under ``key`` that have not run."""
@@ -118,8 +124,8 @@ class WeightGradStore:
             part: one of :meth:`parts`, to run that one alone.
 
         Each is accumulated into its parameter's ``.grad``: by autograd itself if the parameter has
-        hooks, and they run as they do in a backward. (Hooks that run after accumulation also ran
-        in the backward that deferred, with nothing new: autograd visits every parameter it passes.)
+        hooks that run after accumulation, and they run as they do in a backward. (They also ran in
+        the backward that deferred, with nothing new: autograd visits every parameter it passes.)
         """
         left = self.parts(key)
         closures = self._closures.pop(key, [])
@@ -140,20 +146,22 @@ def take_or_defer(
     """The gradient for autograd to take now, or None if it was deferred or added already.
 
     A weight that is itself computed (not a leaf) is not deferred: autograd frees the graph that
-    leads to it in this very backward. Nor is one with hooks on its gradient, which autograd would
-    call with None.
+    leads to it in this very backward. Nor is anything where a compiler traces, for which these
+    modes would be other graphs.
 
     Args:
         compute: the gradient from the layer's input, which is restored when it is needed.
         kept: how the input was kept.
         saved: what ``kept.take()`` gave, back from autograd.
     """
-    if weight.is_leaf and _deferred is not None and not weight._backward_hooks:
+    if not weight.is_leaf or torch.compiler.is_compiling():
+        return compute(kept.restore(saved), None)
+    if _deferred is not None and not weight._backward_hooks:
         restore = kept.waiting(saved)
         _deferred.append(_Closure(id(weight), lambda: _accumulate(weight, compute, restore())))
         return None
     x = kept.restore(saved)
-    if weight.is_leaf and _accumulating and not _is_watched(weight):
+    if _accumulating and not _is_watched(weight) and _autograd_would_add(weight):
         _accumulate(weight, compute, x)
         return None
     return compute(x, None)
@@ -161,6 +169,8 @@ def take_or_defer(
 
 def _accumulate(weight: Tensor, compute: ComputeGrad, x: Any) -> None:
     """Add a leaf's gradient to its ``.grad``, by autograd if anyone would notice otherwise."""
+    if not weight.requires_grad:
+        return  # frozen meanwhile
     with torch.no_grad():
         if not _is_watched(weight):
             weight.grad = compute(x, weight.grad)
@@ -174,9 +184,26 @@ def _is_watched(weight: Tensor) -> bool:
     if weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return True
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous()
-    if weight.grad is not None:
-        plain = plain and type(weight.grad) is Tensor and weight.grad.is_contiguous()
+    # Since torch 2.10 a gradient may have a dtype of its own.
+    plain = plain and getattr(weight, "grad_dtype", weight.dtype) == weight.dtype
+    total = weight.grad
+    if total is not None:
+        plain = plain and type(total) is Tensor and total.is_contiguous()
+        plain = plain and total.dtype == weight.dtype
     return not plain
+
+
+def _autograd_would_add(weight: Tensor) -> bool:
+    """Whether the running backward adds to the ``.grad`` of this leaf: one for given inputs, or
+    for gradients as values, does not."""
+    if not weight.requires_grad:  # any more
+        return False
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    try:
+        # No public name for it; torch's own hooks of modules ask the same.
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # its gradient is given to the caller
+        return False
 
 
 class KeptInput:

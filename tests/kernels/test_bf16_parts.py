@@ -68,6 +68,7 @@ def test_docstring_example_strides_and_nothing(device):
     [
         (torch.zeros(3), (0,), 0, "expected float32"),
         (torch.zeros(3, 2).bfloat16(), (0,), 0, "expected float32"),
+        (torch.zeros(3, 2).double(), (0,), 0, "expected float32"),
         (torch.zeros(3, 2), (0,), 2, "dim 0 or 1"),
         (torch.zeros(3, 2), (3,), 0, "expected an order"),
         (torch.zeros(3, 2), (), 0, "expected an order"),

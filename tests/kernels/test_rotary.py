@@ -8,7 +8,9 @@ import os
 
 import pytest
 import torch
+from dualpipe_ext.kernels import rotary as module
 from dualpipe_ext.kernels.rotary import rotary
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BASE = 10_000.0
@@ -92,6 +94,20 @@ def test_fallback_rounds_bf16_once():
     qkv = draw(2, 7, 2, 16, torch.bfloat16)
     for got, want in zip(rotary(qkv, 2, BASE), reference(qkv, 2, BASE), strict=True):
         torch.testing.assert_close(got.double(), want, rtol=2**-8 * (1 + 2**-10), atol=1e-6)
+
+
+def test_a_tracer_leaves_no_table_to_others():
+    qkv = draw(1, 13, 2, 4)
+    want = rotary(qkv.double(), 2, 77.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rotary(torch.empty(1, 13, 24, dtype=torch.float64), 2, 77.0)
+    for got, expected in zip(rotary(qkv.double(), 2, 77.0), want, strict=True):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, expected)
+    module._kept_table.cache_clear()
+    with FakeTensorMode():
+        rotary(torch.empty(1, 13, 24, dtype=torch.float64), 2, 77.0)
+    assert module._kept_table.cache_info().currsize == 0
 
 
 def test_an_output_that_nobody_uses():

@@ -150,6 +150,16 @@ def test_bfloat16_rows_are_routed_as_exactly_as_in_float32():
     assert not torch.equal(logits, routing_logits(x, near))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_bfloat16_rows_with_weights_of_any_dtype(dtype):
+    x, weight, grad = bfloat16_case()
+    weight = weight.to(dtype).requires_grad_()
+    logits = routing_logits(x, weight)
+    assert torch.equal(logits, routing_logits(x, weight.detach().float()))
+    logits.backward(grad)
+    assert weight.grad.dtype == dtype
+
+
 def test_gradients_of_bfloat16_rows():
     x, weight, grad = bfloat16_case()
     x.requires_grad_(), weight.requires_grad_()

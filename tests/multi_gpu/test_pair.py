@@ -9,6 +9,7 @@ import torch
 from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
+from dualpipe_ext.sms import SMPartition
 from tests.gpu.test_bench_pipeline import WIDE
 from tests.multi_gpu import RANKS
 
@@ -36,7 +37,9 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
                 dtype=options.dtype,
                 device=ranks.device,
             )
-            bench = PairBench(ranks, options, stage, buffer)
+            # Short CTAs, which also add weight gradients to those of earlier chunks.
+            partition = SMPartition(0, means="yielding", device=ranks.device)
+            bench = PairBench(ranks, options, stage, buffer, partition=partition)
             bench.settle()
             bench.check()
             runs = []

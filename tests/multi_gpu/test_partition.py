@@ -14,7 +14,7 @@ from dualpipe_ext.sms import tuner
 from dualpipe_ext.sms.means import has_same_bits
 from dualpipe_ext.training import TrainConfig, Trainer
 from tests.multi_gpu import RANKS
-from tests.multi_gpu.test_training import CONFIG, TEXT, losses
+from tests.multi_gpu.test_training import CONFIG, TEXT, on_all_ranks
 
 NUMBERS = (0, 8, 24)
 STEPS = 2 * tuner.num_steps(len(NUMBERS))
@@ -22,22 +22,21 @@ STEPS = 2 * tuner.num_steps(len(NUMBERS))
 RUN = replace(CONFIG, dtype="bfloat16", num_chunks=8)
 
 
-def run(**changes: Any) -> list[float]:
-    found = run_ranks(losses, RANKS, replace(RUN, **changes), run_timeout_s=200)
-    assert found == [found[0]] * RANKS
-    return found[0]
+def run(*changes: dict[str, Any]) -> list[list[float]]:
+    return on_all_ranks([replace(RUN, **change) for change in changes])
 
 
 @pytest.fixture(scope="module")
 def plain() -> list[float]:
-    return run(transport="collective", comm_sms="auto", sm_means="none")
+    return run({"transport": "collective", "comm_sms": "auto", "sm_means": "none"})[0]
 
 
 @pytest.mark.parametrize("means", ["none", "persistent", "yielding", "carve_out", "green_context"])
 def test_losses_stay(means: str, plain: list[float]) -> None:
     """The same bits with every number; with means that make libraries choose other kernels,
     equal but for rounding."""
-    runs = {number: run(comm_sms=number, sm_means=means) for number in NUMBERS}
+    found = run(*({"comm_sms": number, "sm_means": means} for number in NUMBERS))
+    runs = dict(zip(NUMBERS, found, strict=True))
     if means == "none":
         assert runs[0] == plain
     for found in runs.values():
@@ -47,7 +46,7 @@ def test_losses_stay(means: str, plain: list[float]) -> None:
 
 def test_fp8_experts_persistent() -> None:
     model = replace(RUN.model, fp8_experts=True)
-    runs = [run(model=model, comm_sms=n, sm_means="persistent") for n in NUMBERS]
+    runs = run(*({"model": model, "comm_sms": n, "sm_means": "persistent"} for n in NUMBERS))
     assert runs[1] == runs[0]
     assert runs[2] == runs[0]
 
@@ -75,7 +74,7 @@ def test_a_run_tunes_itself_and_its_losses_stay(means: str) -> None:
     ranks = run_ranks(tuned, RANKS, config, run_timeout_s=200)
     assert ranks == [ranks[0]] * RANKS
     found, result, used, transport, slabs = ranks[0]
-    assert found == run(steps=STEPS, comm_sms=24, sm_means=means)
+    assert [found] == run({"steps": STEPS, "comm_sms": 24, "sm_means": means})
     assert set(used) == set(NUMBERS)
     assert used[-1] == result.best
     assert transport == ("nvlink" if result.best else "copy_engine")

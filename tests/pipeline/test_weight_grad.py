@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.memory import in_fp8, recomputed
+from dualpipe_ext.pipeline import weight_grad
 from dualpipe_ext.pipeline.fp8_linear import grouped_linear_fp8
 from dualpipe_ext.pipeline.weight_grad import (
     WeightGradStore,
@@ -133,6 +135,7 @@ def test_a_weight_with_hooks_gets_its_gradient_from_autograd(deferred):
     assert torch.equal(seen[-1], want)
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
 @pytest.mark.parametrize("way", ["parameter", "gradient"])
 def test_unusual_strides_keep_autograds_layout(way):
     x, w = _leaves(torch.float64, (9, 8), (4, 8))
@@ -149,16 +152,69 @@ def test_unusual_strides_keep_autograds_layout(way):
     torch.testing.assert_close(w.grad, want)
 
 
-def test_a_backward_for_values_leaves_grad_alone():
+@pytest.mark.parametrize("at_once", [False, True], ids=["outside", "at-once"])
+def test_a_backward_for_values_or_for_other_leaves_does_not_add(at_once):
     x, w = _leaves(torch.float64, (9, 8), (3, 8, 4))
     w.grad = torch.ones_like(w)
     store = WeightGradStore()
     with store.at_once():
         experts(x, w).sum().backward()
     was = w.grad.clone()
-    (found,) = torch.autograd.grad(experts(x, w).sum(), w)
+    with store.at_once() if at_once else nullcontext():
+        (found,) = torch.autograd.grad(experts(x, w).sum(), w)
+        experts(x, w).sum().backward(inputs=[x])
     assert torch.equal(found + 1, was)
     assert torch.equal(w.grad, was)
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at-once", "deferred"])
+def test_a_gradient_of_another_dtype_stays_what_it_is(deferred):
+    x, w = _leaves(torch.bfloat16, (9, 8), (3, 8, 4))
+    if not hasattr(w, "grad_dtype"):
+        pytest.skip("this torch has gradients in the dtype of the leaf only")
+    w.grad_dtype = torch.float32
+    store = WeightGradStore()
+    for key in range(2):
+        with store.deferring(key) if deferred else store.at_once():
+            experts(x, w).sum().backward()
+        store.run(key)
+    assert w.grad.dtype == torch.float32
+    want = 2 * torch.autograd.grad(experts(x, w).sum(), w)[0].float()
+    torch.testing.assert_close(w.grad, want)
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["at-once", "deferred"])
+def test_a_weight_frozen_after_its_forward_gets_nothing(deferred):
+    x, w = _leaves(torch.float64, (9, 8), (3, 8, 4))
+    store = WeightGradStore()
+    y = experts(x, w).sum()
+    if not deferred:
+        w.requires_grad_(False)
+    with store.deferring(0) if deferred else store.at_once():
+        y.backward()
+    w.requires_grad_(False)
+    store.run(0)
+    assert w.grad is None
+    assert x.grad is not None
+
+
+def test_users_of_at_once_may_end_in_any_order():
+    first, second = WeightGradStore().at_once(), WeightGradStore().at_once()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert weight_grad._accumulating == 0
+
+
+def test_a_checkpoint_of_a_compiled_layer():
+    x, w = _leaves(torch.float64, (9, 8), (4, 8))
+    want = torch.autograd.grad(linear(x, w).square().sum(), w)[0]
+    layer = torch.compile(linear, backend="aot_eager")
+    store = WeightGradStore()
+    with store.at_once():
+        checkpoint(layer, x, w, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(w.grad, want)
 
 
 def test_at_once_ends_after_an_error():
@@ -382,8 +438,6 @@ def test_computing_in_another_dtype():
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_limit_is_asked_for_at_every_product(deferred, monkeypatch):
-    from dualpipe_ext.pipeline import weight_grad
-
     limits, asked = [], iter((7, 8, 9))
     for name in ("grouped_mm", "grouped_mm_weight_grad"):
         real = getattr(weight_grad, name)
