@@ -23,9 +23,10 @@ _FROM_MEMORY = 130.0
 # What rows that arrive cost the SMs that take them in: less than their bytes, as measured.
 _FROM_SLAB = 87.0
 # The link is full with fewer SMs; more only bring a few percent. With several peers more of them
-# meet at one receiver, and all are slower: on four GPUs 9 to 13 SMs take 470 us, 19 take 543.
+# meet at one receiver, and all are slower: on four GPUs 9 to 13 SMs take 470 us, 19 take 543; into
+# an own tensor 10 take 481 and 9 take 475.
 _MOST_SENDERS = 32
-_MOST_SENDERS_TO_SEVERAL = 10
+_MOST_SENDERS_TO_SEVERAL = 9
 # With fewer SMs, a share of them for each role leaves too few for one: all do all.
 _FEW_SMS = 16
 # With more, rows that only have to stay in the slab go faster if all SMs do all.
