@@ -35,7 +35,7 @@ def test_rows_say_what_was_measured(ranks):
     assert rows[3]["saved_over_level_0"] == pytest.approx(saved[3] / saved[0], rel=0.01)
     for row in rows:
         # From level 1 on, what a router saves inside of a ``saved_as`` is not counted.
-        assert 0.95 * row["predicted_mib"] <= row["saved_mib"]
+        assert 0.9 * row["predicted_mib"] <= row["saved_mib"]
         assert row["kept_mib"] == row["peak_mib"] == row["peak_over_level_0"] == ""  # needs a GPU
         assert 0 < row["step_ms_p20"] <= row["step_ms_p50"] <= row["step_ms_p80"]
     assert rows[0]["step_over_level_0"] == 1.0
