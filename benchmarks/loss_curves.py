@@ -4,6 +4,7 @@
 
 Trains twice: with the arguments, on all ranks; then in one process, with the first run's batch,
 micro-batches and slots for replicas, and the same seed, so both see the same tokens in every step.
+(One GPU has to hold micro-batches of all ranks: on GPUs give a ``--batch``, such as 128.)
 Expert parallelism, the schedule and the experts that move should change nothing but rounding; in
 BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
 two seeds would.

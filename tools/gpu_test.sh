@@ -134,7 +134,7 @@ bench() {  # one after the other: they measure
   run bench-pair "${dualpipe[@]}" pipeline --parts pair --experts 32 --layers 4 --rounds 3 \
     --transports copy_engine --sm-means none,yielding --output "$out/pipeline.csv" \
     --picture "$out/pair-32.png"
-  run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0
+  run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0 --batch 128
   cp benchmarks/results/loss_curves.csv build/benchmarks/loss-curves/loss-curves.png "$out" || status=1
 }
 
