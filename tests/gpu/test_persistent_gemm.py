@@ -107,7 +107,7 @@ def test_bits_do_not_depend_on_the_limit():
             lambda sms: grouped_mm_weight_grad(x, grad, int32(ends), max_sms=sms),
         ):
             want = product(132)
-            for sms in (1, 57, 108):
+            for sms in (1, 57, 108, SHORT_CTAS):
                 assert torch.equal(product(sms), want)
 
 

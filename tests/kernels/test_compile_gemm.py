@@ -15,7 +15,12 @@ triton = pytest.importorskip("triton")
 
 from dualpipe_ext.kernels import fp8_gemm, persistent_gemm  # noqa: E402
 
-from tests.kernels.test_compile import compile_for_hopper, cuobjdump, spills_nothing  # noqa: E402
+from tests.kernels.test_compile import (  # noqa: E402
+    compile_for_hopper,
+    cuobjdump,
+    resource_usage,
+    spills_nothing,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -24,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
+SM_REGISTERS = 64 * 1024
 SM_SHARED = 228 * 1024  # of an H100 or H200 SM, of which a CTA may have 1 KiB less
 FP8, BF16 = "fp8e4nv", "bf16"
 # Sizes of the model are multiples of 16; other sizes spill, and are no sizes of models.
@@ -65,9 +71,9 @@ def compile_rows(dtype, *, w_transposed, out, groups=256, short=False):
     return compile_gemm(persistent_gemm._rows_kernel, tile, boxes, pointers, constants)
 
 
-def compile_columns(dtype, *, out, short=False, add=False):
+def compile_columns(dtype, *, out, short=False, add=False, narrow=False):
     scaled = dtype == FP8
-    tile = persistent_gemm.columns_tile(scaled=scaled, itemsize=1 if scaled else 2)
+    tile = persistent_gemm.columns_tile(scaled=scaled, itemsize=1 if scaled else 2, narrow=narrow)
     m, n, k = (tile[f"BLOCK_{side}"] for side in "MNK")
     constants = {"GROUPS": 256, "ADD": add}
     pointers = {"x_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}", "out_ptr": out}
@@ -131,6 +137,20 @@ def test_fp8_columns(out, short, add, tmp_path):
 def test_bf16_columns(short, add, tmp_path):
     compiled = compile_columns(BF16, out="*bf16", short=short, add=add)
     expect_one_cta_of_wgmma_and_tma(compiled, "m64n256k16.f32.bf16.bf16", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [FP8, BF16])
+@added
+def test_narrow_columns_leave_room_for_a_second_cta(dtype, add, tmp_path):
+    compiled = compile_columns(dtype, out="*bf16", short=True, add=add, narrow=True)
+    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # Of BF16, at most two numbers of the launch, which are read once for a tile.
+    assert found["STACK"] <= (8 if dtype == BF16 and add else 0)
+    assert found["LOCAL"] == 0
+    threads = 32 * compiled.metadata.num_warps
+    assert 2 * threads * -(-found["REG"] // 8) * 8 <= SM_REGISTERS
+    assert 2 * (compiled.metadata.shared + 1024) <= SM_SHARED
 
 
 CASTS = {"SMALLEST_AMAX": 2.0**-100, "BLOCK": 128}
