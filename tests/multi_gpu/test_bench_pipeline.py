@@ -19,9 +19,10 @@ def test_pairs_over_every_transport():
     assert {row.transport for row in rows} == set(transports)
     for row in rows:
         assert 0 <= row.hidden_share <= 1
-        # NCCL's calls wait for counts on the host, which may leave nothing to hide behind.
-        assert row.hidden_share > 0 or row.transport == "collective"
         assert row.comm_ms > 0
+        # At this size a launch may well be over before the next one comes, but for slowed copies.
+        assert row.hidden_share > 0 or row.repeats == 1
+    assert any(row.repeats > 1 for row in rows)
 
 
 def test_steps_under_every_schedule():
