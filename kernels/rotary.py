@@ -2,7 +2,7 @@
 
 One kernel each way: the forward reads the rows of the projection once and writes queries and keys,
 rotated, and values; the backward gathers their gradients into the projection's. In torch operations
-that is some forty kernels, most of which read rows in pieces. Arithmetic is float32 whatever the
+that is some eighty kernels, most of which read rows in pieces. Arithmetic is float32 whatever the
 dtype, rounded once on the way out.
 
 Source of the method: Su et al., "RoFormer", 2021; values i and i + D/2 of a head are a pair, as in

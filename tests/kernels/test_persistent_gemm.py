@@ -107,29 +107,13 @@ def test_columns_with_scales(ends, num_rows):
     for block, rows in enumerate(blocks):
         block_of_row[rows.start : rows.stop] = block
     want = product_by_columns(x * x_scales[block_of_row], grad * grad_scales[block_of_row], ends)
+    operands = turned(x, ends, num_blocks), turned(grad, ends, num_blocks), int32(ends)
+    how = {"x_scales": x_scales, "grad_scales": grad_scales, "num_rows": num_rows}
+    how["out_dtype"] = torch.float32
     for max_sms in (3, SHORT_CTAS):
-        out = multiply_columns(
-            turned(x, ends, num_blocks),
-            turned(grad, ends, num_blocks),
-            int32(ends),
-            x_scales=x_scales,
-            grad_scales=grad_scales,
-            num_rows=num_rows,
-            out_dtype=torch.float32,
-            max_sms=max_sms,
-        )
+        out = multiply_columns(*operands, **how, max_sms=max_sms)
         assert torch.equal(out, want.float())
-        multiply_columns(
-            turned(x, ends, num_blocks),
-            turned(grad, ends, num_blocks),
-            int32(ends),
-            x_scales=x_scales,
-            grad_scales=grad_scales,
-            num_rows=num_rows,
-            out_dtype=torch.float32,
-            total=out,
-            max_sms=max_sms,
-        )
+        multiply_columns(*operands, **how, total=out, max_sms=max_sms)
         assert torch.equal(out, 2 * want.float())
 
 
