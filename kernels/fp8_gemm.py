@@ -235,8 +235,7 @@ def grouped_mm_fp8_weight_grad(
     x_columns, grad_columns = quantize_columns(x, offsets), quantize_columns(grad, offsets)
     if persistent_gemm.usable_on(offsets.device):
         _check_out_dtype(out_dtype)
-        in_place = total if total is not None and total.dtype == out_dtype else None
-        out = persistent_gemm.multiply_columns(
+        return persistent_gemm.multiply_columns(
             x_columns.values,
             grad_columns.values,
             offsets,
@@ -244,10 +243,9 @@ def grouped_mm_fp8_weight_grad(
             grad_scales=grad_columns.scales,
             num_rows=num_rows,
             out_dtype=out_dtype,
-            total=in_place,
+            total=total,
             max_sms=max_sms,
         )
-        return added(out, total)
     wide, first = accumulator_dtype(out_dtype), 0
     x_wide, grad_wide = (_dequantize_columns(c, wide) for c in (x_columns, grad_columns))
     out = x_wide.new_zeros(offsets.shape[0], x_wide.shape[0], grad_wide.shape[0])

@@ -108,8 +108,7 @@ def grouped_mm_weight_grad(
             how = {"num_rows": x.shape[0], "out_dtype": x.dtype, "max_sms": max_sms}
             rows, grad_rows = _by_rows(x), _by_rows(grad)
             if _aligned(rows) and _aligned(grad_rows):
-                how["total"] = total if total is not None and total.dtype == x.dtype else None
-                return added(kernels.multiply_columns(rows, grad_rows, offsets, **how), total)
+                return kernels.multiply_columns(rows, grad_rows, offsets, total=total, **how)
         return added(torch._grouped_mm(x.t(), grad, offs=offsets), total)
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
     for group, (start, end) in enumerate(group_bounds(offsets)):

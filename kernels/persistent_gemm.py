@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from dualpipe_ext.kernels.gemm_tiles import padded_groups
-from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS
+from dualpipe_ext.kernels.grouped_gemm import SHORT_CTAS, added
 from torch import Tensor
 
 try:
@@ -148,8 +148,9 @@ def multiply_columns(
 ) -> Tensor:
     """``out[g] = x[rows of g].T @ grad[rows of g]``; zero for empty groups.
 
-    With ``total``, contiguous [G, K, N] in ``out_dtype``, that is added to it in place: rounded by
-    itself and once more as a sum, which gives the bits of ``total.add_(out)``.
+    With ``total``, contiguous [G, K, N], that is added to it in place: rounded by itself and once
+    more as a sum, which gives the bits of ``total.add_(out)``. By the kernel if ``total`` is in
+    ``out_dtype``; by torch otherwise.
 
     Without scales x is [M, K] and grad [M, N], both with contiguous rows. With scales they are
     transposed, every group's rows padded with zeros to whole blocks of 128 (P in all, from the
@@ -170,8 +171,9 @@ def multiply_columns(
         if total is not None:
             return total
         return torch.zeros(num_groups, size_k, size_n, dtype=out_dtype, device=x.device)
+    in_place = total is not None and total.dtype == out_dtype
     out = total
-    if total is None:
+    if not in_place:
         out = torch.empty(num_groups, size_k, size_n, dtype=out_dtype, device=x.device)
     narrow = max_sms == SHORT_CTAS and (scaled or num_rows < _FEW_ROWS * num_groups)
     sizes = columns_tile(scaled=scaled, itemsize=x.element_size(), narrow=narrow)
@@ -202,13 +204,13 @@ def multiply_columns(
             x.stride(0),
             grad.stride(0),
             GROUPS=padded_groups(num_groups),
-            ADD=total is not None,
+            ADD=in_place,
             **sizes,
         )
-    if total is not None:
+    if in_place:
         # Autograd sees by the version that what it may have saved has changed.
         torch.autograd.graph.increment_version(total)
-    return out
+    return added(out, total)
 
 
 def rows_tile(*, scaled: bool, itemsize: int) -> dict[str, Any]:

@@ -193,6 +193,26 @@ if triton is not None:
         cos = tl.load(at, inside, other=0.0)
         return cos, tl.load(at + length * HALF, inside, other=0.0)
 
+    @triton.jit
+    def _move(
+        source,
+        target,
+        inside,
+        cos,
+        sin,
+        TURN: tl.constexpr,  # noqa: N803
+        HALF: tl.constexpr,  # noqa: N803
+    ):
+        """Pairs from one place to another, turned or as they are."""
+        first = tl.load(source, inside)
+        second = tl.load(source + HALF, inside)
+        if TURN:
+            a, b = first.to(tl.float32), second.to(tl.float32)
+            first = (a * cos - b * sin).to(target.dtype.element_ty)
+            second = (b * cos + a * sin).to(target.dtype.element_ty)
+        tl.store(target, first, inside)
+        tl.store(target + HALF, second, inside)
+
     # A constant, as Triton makes of 1, has no dtype to widen.
     @triton.jit(do_not_specialize=["num_tokens"])
     def _forward_kernel(
@@ -217,41 +237,7 @@ if triton is not None:
             for part in tl.static_range(3):
                 source = heads_ptr + (token * 3 + part) * 2 * pairs + place
                 target = out_ptr + (part * num_tokens + token) * 2 * pairs + place
-                first = tl.load(source, inside)
-                second = tl.load(source + HALF, inside)
-                if part < 2:
-                    a, b = first.to(tl.float32), second.to(tl.float32)
-                    first = (a * cos - b * sin).to(out_ptr.dtype.element_ty)
-                    second = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
-                tl.store(target, first, inside)
-                tl.store(target + HALF, second, inside)
-
-    @triton.jit
-    def _gather(
-        grad_ptr,
-        out_ptr,
-        sequence,
-        position,
-        head,
-        pair,
-        inside,
-        cos,
-        sin,
-        stride_n,
-        stride_l,
-        stride_a,
-        TURN: tl.constexpr,  # noqa: N803
-        HALF: tl.constexpr,  # noqa: N803
-    ):
-        source = grad_ptr + sequence * stride_n + position * stride_l + head * stride_a + pair
-        first = tl.load(source, inside)
-        second = tl.load(source + HALF, inside)
-        if TURN:
-            a, b = first.to(tl.float32), second.to(tl.float32)
-            first = (a * cos + b * sin).to(out_ptr.dtype.element_ty)
-            second = (b * cos - a * sin).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr, first, inside)
-        tl.store(out_ptr + HALF, second, inside)
+                _move(source, target, inside, cos, sin, part < 2, HALF)
 
     @triton.jit
     def _backward_kernel(
@@ -281,8 +267,10 @@ if triton is not None:
             inside = index < pairs
             head, pair = (index // HALF).to(tl.int64), index % HALF
             cos, sin = _angles(table_ptr, position, length, pair, inside, HALF)
-            at = sequence, position, head, pair, inside, cos, sin
             out = out_ptr + token * 6 * pairs + head * (2 * HALF) + pair
-            _gather(query_ptr, out, *at, query_n, query_l, query_a, True, HALF)
-            _gather(key_ptr, out + 2 * pairs, *at, key_n, key_l, key_a, True, HALF)
-            _gather(value_ptr, out + 4 * pairs, *at, value_n, value_l, value_a, False, HALF)
+            query = query_ptr + sequence * query_n + position * query_l + head * query_a + pair
+            key = key_ptr + sequence * key_n + position * key_l + head * key_a + pair
+            value = value_ptr + sequence * value_n + position * value_l + head * value_a + pair
+            _move(query, out, inside, cos, -sin, True, HALF)
+            _move(key, out + 2 * pairs, inside, cos, -sin, True, HALF)
+            _move(value, out + 4 * pairs, inside, cos, -sin, False, HALF)
