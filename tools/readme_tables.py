@@ -224,6 +224,7 @@ def _pairs_of(rows: Sequence[Row]) -> str:
     def transport(row: Row) -> str:
         sms = f", {row['num_sms']} SMs" if row["num_sms"] else ""
         told = f", {row['sm_means']}" if row["sm_means"] != "none" else ""
+        told += ", as graphs" if row["graphs"] == "True" else ""
         slower = "" if row["repeats"] in _ONE else f", link {float(row['repeats']):.0f}x slower"
         return f"{row['transport']}{sms}{told}{slower}"
 

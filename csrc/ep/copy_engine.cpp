@@ -173,7 +173,9 @@ class Carrier {
     for (const CopyArray& array : arrays_[local]) {
       const bool rows = &array == &arrays_[local].front();
       const cudaStream_t stream = rows && shape_.in_turn ? lanes_.turns() : lane;
-      if (const auto status = copy_array(array, local, peer, part, stream)) return status;
+      // Rows are what a slower link takes longer for. Runs of a few bytes cost time by their number.
+      const double repeats = rows ? lanes_.repeats : 1.0;
+      if (const auto status = copy_array(array, local, peer, part, repeats, stream)) return status;
     }
     if (shape_.in_turn) {
       auto status = cudaEventRecord(lanes_.turn_over(), lanes_.turns());
@@ -185,7 +187,7 @@ class Carrier {
   }
 
   cudaError_t copy_array(const CopyArray& array, size_t local, uint32_t peer,
-                         const SegmentPart& part, cudaStream_t stream) const {
+                         const SegmentPart& part, double repeats, cudaStream_t stream) const {
     const uint32_t rank = ranks_[local];
     const std::vector<uint32_t>& sends = calls_[local].sends;
     const uint64_t first = part.first_row(max_tokens(), sends[peer]);
@@ -204,7 +206,7 @@ class Carrier {
       from = array.direct + row * array.direct_pitch;
       from_pitch = array.direct_pitch;
     }
-    for (double left = lanes_.repeats; left > 0; left -= 1) {
+    for (double left = repeats; left > 0; left -= 1) {
       const auto count = left >= 1 ? rows : static_cast<uint64_t>(left * static_cast<double>(rows));
       if (count == 0) break;
       const auto status = copy_rows(in_slab(peer, 0, rank), array.pitch, from, from_pitch,

@@ -38,6 +38,7 @@ class PipelineOptions:
         sm_means: how compute beside them is told, of :data:`dualpipe_ext.sms.MEANS`; the pair is
             measured with each.
         throttle: measure the pair also with communication as long as compute.
+        graphs: measure all forms of the pair as CUDA graphs.
         schedules: of the steps.
         ep: expert-parallel ranks of the steps; the others are pipeline ranks.
         step_experts: experts of a layer in the steps, whose ranks hold more of each layer.
@@ -67,6 +68,7 @@ class PipelineOptions:
     rounds: int
     calls: int
     sm_means: tuple[str, ...] = (DEFAULT_MEANS,)
+    graphs: bool = False
     stage_transport: str = "auto"
     peak_tflops: float = PEAK_TFLOPS
     picture: Path | None = None
@@ -188,6 +190,8 @@ class PipelineRow:
     status: str = OK
     reason: str = ""
     # Pairs.
+    graphs: bool | None = None
+    """Whether all forms ran as CUDA graphs."""
     repeats: float | None = None
     """How often each dispatch and combine is made; 1 is the link as it is."""
     compute_ms: float | None = None

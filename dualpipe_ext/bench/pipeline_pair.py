@@ -11,7 +11,8 @@ the same gradients, the link throttled until communication takes as long as comp
   communication takes by the means that are measured.
 
 Every call runs one forward and one backward, that of the chunk whose forward the call before ran.
-Gradients add up in ``.grad``, as over the micro-batches of a step.
+Gradients add up in ``.grad``, as over the micro-batches of a step. With ``options.graphs`` the
+forms are measured as CUDA graphs (``pipeline_graph.py``), with routing that has a bound.
 
 Bit for bit: the serial form runs with a gradient, the overlapped one with its negative. Rounding is
 symmetric, so every gradient comes out negated and the sums of both are exactly zero; a second set
@@ -20,16 +21,18 @@ of gradients, for which large stages leave no room, is not needed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dualpipe_ext.bench import timing
+from dualpipe_ext.bench import pipeline_graph, timing
 from dualpipe_ext.bench.link import Link, Recording
 from dualpipe_ext.bench.pipeline_cases import PipelineOptions
 from dualpipe_ext.bench.ranks import Ranks
@@ -119,6 +122,15 @@ class _Chunks:
         )
 
 
+class _Form(NamedTuple):
+    """What is called over and over."""
+
+    chunks: _Chunks | None
+    start: timing.Call
+    """Before the first call, if no chunk waits for its backward."""
+    call: timing.Call
+
+
 def _one_after_the_other(forward: ChunkGraph, backward: ChunkGraph) -> None:
     forward.forward()
     backward.backward(defer=False)
@@ -151,6 +163,7 @@ class PairBench:
         self.link, self._buffer = Link(buffer), buffer
         for layer in stage.layers.values():
             layer.buffer = buffer
+            layer.max_recv_tokens = None
         inputs = [draw(ranks, options, seed) for seed in range(_INPUTS)]
         grad = draw(ranks, options, _INPUTS)
         self._launcher = launcher = Launcher(ranks.device, on_launch, partition, self._largest)
@@ -160,7 +173,12 @@ class PairBench:
         self._compute = _Chunks(one_stream, inputs, grad, _one_after_the_other, launcher)
         self._pair = _Chunks(two_streams, inputs, grad, run_pair, launcher)
         self._handles = [self._handles_of(x) for x in inputs]
+        if options.graphs:
+            self._bound_rows()
+            self._handles = [self._handles_of(x) for x in inputs]
         self._moved: Recording | None = None
+        self._graphs: dict[str, timing.Series] = {}
+        self._forget_graphs()
 
     def _largest(self, values: Sequence[float]) -> list[float]:
         return list(map(max, zip(*self._ranks.gather_object(list(values)), strict=True)))
@@ -171,29 +189,60 @@ class PairBench:
             self._stage(x)
         return found.handles
 
-    def calls(self) -> dict[str, timing.Call]:
-        """The four forms, ready to be called over and over."""
-        if not self._pair.started:
-            with self._partition.step():
-                self._pair.start()
-        if not self._serial.started:
-            self._serial.start()
-        if not self._compute.started:
-            self._without_link(self._compute.start)
-        if self._moved is None:
-            with self.link.recording() as self._moved:
-                self._run_pair()
-        found = (
-            lambda: self._without_link(self._compute),
-            self._moved.replay,
-            self._serial,
-            self._run_pair,
-        )
-        return dict(zip(FORMS, found, strict=True))
+    def _bound_rows(self) -> None:
+        """Let layers take as many rows as come here at most, and some more."""
+        (most,) = self._largest([max(h.num_rows for handles in self._handles for h in handles)])
+        for layer in self._stage.layers.values():
+            layer.max_recv_tokens = math.ceil(most * pipeline_graph.ROOM)
 
-    def _run_pair(self) -> None:
+    def _forget_graphs(self) -> None:
+        """What they were captured with is there no longer, or has changed."""
+        self._graphs = {}
+        if self._options.graphs:
+            self._memory = torch.cuda.graph_pool_handle()  # they never run beside each other
+
+    def calls(self, names: Sequence[str] = FORMS) -> dict[str, timing.Call]:
+        """The forms, ready to be called over and over."""
+        get = self._graph if self._options.graphs else self._eager
+        return {name: get(name) for name in names}
+
+    def _eager(self, name: str) -> timing.Call:
+        form = self._form(name)
+        if form.chunks is not None and not form.chunks.started:
+            form.start()
+        return form.call
+
+    def _graph(self, name: str) -> timing.Series:
+        if name not in self._graphs:
+            chunks, start, call = self._form(name)
+            stop = (lambda: None) if chunks is None else chunks.stop
+            stop()
+            self._graphs[name] = pipeline_graph.captured(start, call, stop, self._memory)
+        return self._graphs[name]
+
+    def _form(self, name: str) -> _Form:
+        if name == "compute":
+            chunks = self._compute
+            return _Form(
+                chunks,
+                lambda: self._without_link(chunks.start),
+                lambda: self._without_link(chunks),
+            )
+        if name == "comm":
+            if self._moved is None:
+                pair = self._eager("pair")
+                with self.link.recording() as self._moved:
+                    pair()
+            return _Form(None, lambda: None, self._moved.replay)
+        if name == "serial":
+            return _Form(self._serial, self._serial.start, self._serial)
+        return _Form(
+            self._pair, lambda: self._in_step(self._pair.start), lambda: self._in_step(self._pair)
+        )
+
+    def _in_step(self, work: Callable[[], object]) -> None:
         with self._partition.step():
-            self._pair()
+            work()
 
     def _without_link(self, work: Callable[[], object]) -> None:
         with self.link.taken_out(self._handles[self._compute.next_input]):
@@ -201,7 +250,8 @@ class PairBench:
 
     def settle(self) -> None:
         """Let the pair find its launch order for the link as it is now."""
-        pair = self.calls()["pair"]
+        pair = self._eager("pair")
+        self._forget_graphs()
         self._launcher.orders.forget()
         for _ in range(WARM_UP + NUM_SAMPLES):
             pair()
@@ -210,7 +260,7 @@ class PairBench:
         pair()
 
     def check(self) -> None:
-        """Compare serial and overlapped, bit for bit.
+        """Compare serial and overlapped, bit for bit; with graphs, that of the overlapped pair.
 
         Raises:
             WrongResultError: an output, or a gradient, differs.
@@ -221,14 +271,18 @@ class PairBench:
             results = []
             for form, sign in ((self._serial, 1), (self._pair, -1)):
                 form.stop()
-                form.start()
                 grad, form.grad = form.grad, sign * form.grad
-                output, input_grad = form()
+                if form is self._pair and self._options.graphs:
+                    output, input_grad = pipeline_graph.once(form.start, form, self._memory)
+                else:
+                    form.start()
+                    output, input_grad = form()
                 form.grad = grad
                 form.stop()
                 results.append((output, input_grad * sign))
                 if sign > 0:
                     self._expect_gradients()
+        self._forget_graphs()  # they would add to the gradients that are gone
         for what, serial, pair in zip(("output", "input gradient"), *results, strict=True):
             if not torch.equal(serial, pair):
                 raise WrongResultError(f"the {what} of the pair is not that of the serial run")
@@ -249,8 +303,7 @@ class PairBench:
         self.link.repeats = 1.0
         if not self.link.can_be_slower():
             return False
-        calls = {name: self.calls()[name] for name in ("compute", "comm")}
-        compute_us, comm_us = self._medians(calls)
+        compute_us, comm_us = self._medians()
         if comm_us >= compute_us:
             return False
         # Several times: not everything is repeated, and calls in a row take less than calls alone.
@@ -258,13 +311,16 @@ class PairBench:
             if abs(compute_us / comm_us - 1) < _CLOSE:
                 break
             self.link.repeats *= compute_us / comm_us
-            compute_us, comm_us = self._medians(calls)
+            compute_us, comm_us = self._medians()
         self.settle()
         return True
 
-    def _medians(self, calls: dict[str, timing.Call]) -> list[float]:
+    def _medians(self) -> list[float]:
+        """Of compute and communication with the link as it is now."""
+        self._graphs.pop("comm", None)
         # The largest of all ranks: the ranks must agree on what follows from it.
-        return [median(values) for values in self._interleaved(calls).values()]
+        found = self._interleaved(self.calls(("compute", "comm")))
+        return [median(values) for values in found.values()]
 
     def measure(self) -> dict[str, list[float]]:
         """Milliseconds of every form, a number per round."""

@@ -14,14 +14,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dualpipe_ext.bench.ranks import Ranks
-from dualpipe_ext.bench.timing import Call
+from dualpipe_ext.bench.timing import Call, Series
 from dualpipe_ext.profiling.capture import trace_from
 from dualpipe_ext.profiling.report import OverlapReport
 from dualpipe_ext.profiling.trace import Trace
 
 # In a row, after some that are not looked at: the first begins with nothing to hide behind, and its
 # rank perhaps earlier than the others, for whom it waits then.
-NUM_CALLS, _LEAD_CALLS = 6, 2
+NUM_LEAD, NUM_CALLS = 2, 6
 _SPAN = "dualpipe bench: calls"
 # GPU and host clocks of a trace agree to some microseconds.
 _APART_S = 1e-3
@@ -61,18 +61,17 @@ class PhaseNotes:
 
 def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace:
     """What ran on this rank's GPU during some calls in a row, which all ranks begin together."""
+    series = Series.of(call, NUM_CALLS, num_lead=NUM_LEAD)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()  # the first one under a profiler is slow
         torch.cuda.synchronize()
         time.sleep(_APART_S)
         ranks.gather_object(None)
-        for _ in range(_LEAD_CALLS):
-            call()
+        series.lead()
         with record_function(_SPAN):
             if notes is not None:
                 notes.start()
-            for _ in range(NUM_CALLS):
-                call()
+            series.body()
             torch.cuda.synchronize()
             if notes is not None:
                 notes.stop()

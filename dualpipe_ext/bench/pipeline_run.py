@@ -54,7 +54,11 @@ def run(ranks: Ranks, options: PipelineOptions, record: Record | None = None) ->
             record(row)
 
     if "pair" in options.parts:
-        _Pairs(ranks, options, add).all()
+        # Captures need a stream of their own; and autograd adds gradients up on the one where it
+        # first met a parameter.
+        stream = torch.cuda.Stream(ranks.device) if options.graphs else None
+        with torch.cuda.stream(stream):
+            _Pairs(ranks, options, add).all()
         _free(ranks)
     if "steps" in options.parts:
         _steps(ranks, options, add)
@@ -96,13 +100,19 @@ class _Pairs:
 
     def _buffer(self, variant: Variant) -> Buffer:
         options = self._options
-        return stage_buffer(
+        buffer = stage_buffer(
             options.model,
             tokens=options.tokens,
             dtype=options.dtype,
             transport=variant.transport,
             num_sms=variant.num_sms,
         )
+        if options.graphs and buffer._transport.capabilities.syncs_host:
+            raise ValueError(
+                f"expected a transport that a CUDA graph can hold for --graphs: transport "
+                f"{variant.transport} waits for counts on the host"
+            )
+        return buffer
 
     def _variant(self, variant: Variant, buffer: Buffer, partition: SMPartition) -> None:
         """The link as it is, and throttled."""
@@ -182,6 +192,7 @@ class _Pairs:
             pp=1,
             ep=self._ranks.num_ranks,
             layers=options.model.num_layers,
+            graphs=options.graphs,
             transport=variant.transport,
             num_sms=variant.num_sms,
             **values,

@@ -26,10 +26,11 @@ def print_rows(rows: Sequence[Row]) -> None:
     console = Console(highlight=False)
     good = [row for row in rows if row["status"] == OK]
     pairs = [row for row in good if row["part"] == "pair"]
-    for means in dict.fromkeys(row["sm_means"] for row in pairs):
+    for graphs, means in dict.fromkeys((row["graphs"], row["sm_means"]) for row in pairs):
         told = "" if means == "none" else f", SMs told by {means}"
-        rows_of = [row for row in pairs if row["sm_means"] == means]
-        _print(console, f"A forward and a backward, ms{told}", _PAIR, rows_of)
+        how = ", as CUDA graphs" if graphs else ""
+        rows_of = [row for row in pairs if (row["graphs"], row["sm_means"]) == (graphs, means)]
+        _print(console, f"A forward and a backward, ms{told}{how}", _PAIR, rows_of)
     if any(row["part"] == "pair" for row in good):
         console.print(_LEGEND, style="dim")
     steps = [row for row in good if row["part"] == "step"]

@@ -14,6 +14,9 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,23 +26,58 @@ Call = Callable[[], object]
 _WARM_UP = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Calls that only run in a row, all of them, such as those of a CUDA graph.
+
+    Attributes:
+        lead: what comes before and is not measured.
+        body: what is.
+        num_calls: how many calls ``body`` makes.
+    """
+
+    lead: Call
+    body: Call
+    num_calls: int
+
+    def __call__(self) -> None:
+        self.lead()
+        self.body()
+
+    @classmethod
+    def of(cls, call: Call, num_calls: int, *, num_lead: int = 0) -> Series:
+        """So many calls in a row, after others; itself if it is a series already."""
+        if isinstance(call, Series):
+            return call
+        return cls(partial(_repeat, call, num_lead), partial(_repeat, call, num_calls), num_calls)
+
+
+def _repeat(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def measure(call: Call, num_calls: int, ranks: Ranks) -> float:
-    """Microseconds per call at this rank, all ranks starting together; waits for the end."""
+    """Microseconds per call at this rank, all ranks starting together; waits for the end.
+
+    A :class:`Series` has its own number of calls.
+    """
+    series = Series.of(call, num_calls)
     if ranks.device.type != "cuda":
         ranks.barrier()
+        series.lead()
         begin = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        return 1e6 * (time.perf_counter() - begin) / num_calls
+        series.body()
+        return 1e6 * (time.perf_counter() - begin) / series.num_calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     ranks.barrier()
+    series.lead()
     start.record()
-    for _ in range(num_calls):
-        call()
+    series.body()
     end.record()
     torch.cuda.synchronize()
-    return 1e3 * start.elapsed_time(end) / num_calls
+    return 1e3 * start.elapsed_time(end) / series.num_calls
 
 
 def interleaved(
@@ -55,8 +93,7 @@ def interleaved(
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(_WARM_UP):
-            call()
+        Series.of(call, _WARM_UP)()
     with no_garbage_collection():
         for _ in range(rounds):
             for name, call in calls.items():
@@ -64,8 +101,13 @@ def interleaved(
     return {name: ranks.maxima(values) for name, values in found.items()}
 
 
-def captured(call: Call) -> Call:
+def captured(call: Call, *, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Call:
     """``call`` as a CUDA graph; calling the result replays it.
+
+    Args:
+        call: what to capture.
+        pool: of the memory, where graphs that run one after the other share it.
+        stream: to capture on; by default torch's own for captures.
 
     Raises:
         Exception: what the call, or CUDA, has against being captured.
@@ -73,7 +115,7 @@ def captured(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     # Other threads (NCCL's watchdog) may go on asking for events meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         call()
     return graph.replay
 

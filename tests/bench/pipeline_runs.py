@@ -78,9 +78,9 @@ def with_the_forwards_gradient(forward, backward):
     backward.backward(defer=False)
 
 
-def told_of(ranks: Ranks, wrong_pair) -> str:
+def told_of(ranks: Ranks, options: PipelineOptions, wrong_pair) -> str:
     with patch.object(pipeline_pair, "run_pair", wrong_pair):
-        bench = make_pair(ranks)
+        bench = make_pair(ranks, options)
     try:
         bench.check()
     except WrongResultError as error:
@@ -88,10 +88,10 @@ def told_of(ranks: Ranks, wrong_pair) -> str:
     return ""
 
 
-def check_pairs(ranks: Ranks) -> list[str]:
+def check_pairs(ranks: Ranks, options: PipelineOptions = OPTIONS) -> list[str]:
     """What the check says of the real pair, and of two wrong ones."""
     pairs = (pipeline_pair.run_pair, without_weight_gradients, with_the_forwards_gradient)
-    return [told_of(ranks, pair) for pair in pairs]
+    return [told_of(ranks, options, pair) for pair in pairs]
 
 
 def throttled(ranks: Ranks) -> tuple[list[tuple[bool, float]], list[str]]:

@@ -8,7 +8,7 @@ import time
 import torch
 
 from dualpipe_ext.bench.ranks import Ranks
-from dualpipe_ext.bench.timing import interleaved, measure
+from dualpipe_ext.bench.timing import Series, interleaved, measure
 
 
 class Alone(Ranks):
@@ -42,6 +42,25 @@ def test_rounds_are_interleaved_and_calls_follow_each_other() -> None:
     assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
     one_round = ["barrier", *"aaa", "barrier", *"bbb"]
     assert ranks.log == [*"aaa", *"bbb", *one_round, *one_round]
+
+
+def test_what_leads_a_series_in_is_not_measured() -> None:
+    ranks = Alone()
+    lead, body = (lambda: time.sleep(0.05)), (lambda: ranks.log.append("body") or time.sleep(0.004))
+    assert 1000 <= measure(Series(lead, body, 4), 100, ranks) < 10000
+    found = interleaved({"a": Series(lambda: None, body, 4)}, ranks, rounds=2, num_calls=100)
+    assert ranks.log == [*["barrier", "body"], "body", *["barrier", "body"] * 2]
+    assert len(found["a"]) == 2
+
+
+def test_a_series_of_calls() -> None:
+    log: list[str] = []
+    series = Series.of(lambda: log.append("call"), 3, num_lead=2)
+    assert Series.of(series, 7) is series
+    series.lead()
+    assert len(log) == 2
+    series.body()
+    assert len(log) == 5
 
 
 def test_the_slowest_rank_counts() -> None:

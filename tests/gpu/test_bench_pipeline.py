@@ -50,6 +50,32 @@ def test_every_figure_of_a_pair(transport, tmp_path):
         assert apart[1] < min(2, apart[0])
 
 
+@pytest.mark.parametrize("transport", ["nvlink", "copy_engine"])
+def test_every_figure_of_a_pair_as_a_graph(transport):
+    options = replace(WIDE, parts=("pair",), transports=(transport,), graphs=True)
+    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    assert [row.status for row in rows] == ["ok"] * len(rows), [row.reason for row in rows]
+    for row in rows:
+        assert row.graphs
+        assert row.reason == ""
+        assert 0 <= row.hidden_share <= 1
+        assert row.compute_ms > 0
+        assert row.speed_up > 0
+
+
+def test_the_check_of_pairs_as_graphs():
+    options = replace(WIDE, transports=("copy_engine",), graphs=True)
+    good, lost, doubled = start(check_graphs, 1, options, virtual=False, device_type="cuda")
+    assert good == ""
+    assert "gradient" in lost
+    assert "gradient" in doubled
+
+
+def check_graphs(ranks, options):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return check_pairs(ranks, options)
+
+
 def test_a_pair_told_by_every_means():
     """The check compares serial and overlapped under each; then both are timed."""
     options = replace(WIDE, parts=("pair",), transports=("nvlink",), throttle=False, sm_means=MEANS)

@@ -25,6 +25,21 @@ def test_pairs_over_every_transport():
     assert any(row.repeats > 1 for row in rows)
 
 
+def test_pairs_as_graphs():
+    options = replace(
+        WIDE, parts=("pair",), transports=("nvlink", "copy_engine", "collective"), graphs=True
+    )
+    rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    *good, collective = rows
+    assert [row.reason for row in good] == [""] * 4
+    assert [(row.transport, row.repeats > 1) for row in good] == [
+        (transport, slow) for transport in ("nvlink", "copy_engine") for slow in (False, True)
+    ]
+    assert min(row.hidden_share for row in good if row.repeats > 1) > 0
+    assert collective.status == "unavailable"
+    assert "transport collective waits for counts on the host" in collective.reason
+
+
 def test_steps_under_every_schedule():
     options = replace(WIDE, parts=("steps",), step_experts=8, step_transport="auto")
     rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")

@@ -89,6 +89,14 @@ class Arguments:
             rich_help_panel=WHAT,
         ),
     ] = True
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--graphs",
+            help="Measure the pair in all its forms as CUDA graphs, with bounded routing.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False
     schedules: Annotated[
         str | None,
         typer.Option(
@@ -185,6 +193,8 @@ def command(context: typer.Context, given: Arguments) -> None:
             raise ValueError(f"expected --device cuda for --picture, got {given.device}")
         check_target(given.picture)
         check_picture(given.picture)
+    if given.graphs and given.device != "cuda":
+        raise ValueError(f"expected --device cuda for --graphs, got {given.device}")
     from dualpipe_ext.bench import pipeline_run
     from dualpipe_ext.bench.pipeline_cases import ERROR, FAILED, OK
     from dualpipe_ext.bench.pipeline_table import print_rows
@@ -226,6 +236,7 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
         sms=read_numbers("--sms", given.sms),
         sm_means=read_words(given_or(given.sm_means, DEFAULT_MEANS)),
         throttle=given.throttle,
+        graphs=given.graphs,
         schedules=usual if given.schedules is None else read_words(given.schedules),
         ep=given.ep,
         step_experts=given.step_experts,

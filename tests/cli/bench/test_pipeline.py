@@ -59,6 +59,7 @@ def test_nothing_measured_is_exit_code_1(tmp_path):
         (["--transports", "mail"], "--transports of nvlink, copy_engine, collective, got 'mail'"),
         (["--dtype", "int8"], "--dtype of float64, float32, bfloat16, got 'int8'"),
         (["--picture", "x.png"], "--device cuda for --picture, got cpu"),
+        (["--graphs"], "--device cuda for --graphs, got cpu"),
         (
             ["--sm-means", "loud"],
             "--sm-means of none, persistent, yielding, carve_out, green_context, got",
