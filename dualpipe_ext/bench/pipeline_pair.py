@@ -318,21 +318,19 @@ class PairBench:
     def _medians(self) -> list[float]:
         """Of compute and communication with the link as it is now."""
         self._graphs.pop("comm", None)
+        rounds = 1 if self._options.graphs else self._options.rounds  # of a row of calls each
         # The largest of all ranks: the ranks must agree on what follows from it.
-        found = self._interleaved(self.calls(("compute", "comm")))
+        found = self._interleaved(self.calls(("compute", "comm")), rounds)
         return [median(values) for values in found.values()]
 
     def measure(self) -> dict[str, list[float]]:
         """Milliseconds of every form, a number per round."""
-        found = self._interleaved(self.calls())
+        found = self._interleaved(self.calls(), self._options.rounds)
         self._buffer.check()  # what kernels have reported, such as a wait that ended without a rank
         return {name: [1e-3 * us for us in values] for name, values in found.items()}
 
-    def _interleaved(self, calls: dict[str, timing.Call]) -> dict[str, list[float]]:
-        options = self._options
-        return timing.interleaved(
-            calls, self._ranks, rounds=options.rounds, num_calls=options.calls
-        )
+    def _interleaved(self, calls: dict[str, timing.Call], rounds: int) -> dict[str, list[float]]:
+        return timing.interleaved(calls, self._ranks, rounds=rounds, num_calls=self._options.calls)
 
 
 @contextmanager
