@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,18 @@ class ProblemError(Exception):
     """Some rank has a problem, which all ranks know; its text is the reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """In the place of what a rank was to give."""
+
+    text: str
+
+
+def _first_problem(items: Sequence[Any]) -> str | None:
+    found = (f"rank {r}: {i.text}" for r, i in enumerate(items) if isinstance(i, _Problem))
+    return next(found, None)
+
+
 class Ranks(ABC):
     """This rank among the others. Every method is called by all ranks, in the same order."""
 
@@ -41,8 +54,20 @@ class Ranks(ABC):
         """Every rank's tensor, by rank; all of one shape and of a dtype that gloo knows."""
 
     @abstractmethod
-    def gather_object(self, item: T) -> list[T]:
+    def _exchange(self, item: Any) -> list[Any]:
         """Every rank's item, by rank."""
+
+    def gather_object(self, item: T) -> list[T]:
+        """Every rank's item, by rank.
+
+        Raises:
+            ProblemError: a rank has a problem instead (see :meth:`together`).
+        """
+        found = self._exchange(item)
+        reason = _first_problem(found)
+        if reason is not None:
+            raise ProblemError(reason)
+        return found
 
     @abstractmethod
     def barrier(self) -> None:
@@ -57,17 +82,20 @@ class Ranks(ABC):
 
     def problem(self, error: BaseException | str | None) -> str | None:
         """What the first rank that has a problem says, on every rank; None if none has."""
-        told = self.gather_object(_one_line(error))
-        return next((f"rank {r}: {text}" for r, text in enumerate(told) if text), None)
+        text = _one_line(error)
+        return _first_problem(self._exchange(None if text is None else _Problem(text)))
 
     def together(self, step: Callable[[], T]) -> T:
         """What the step returns, if all ranks did it well; else :class:`ProblemError` on all.
 
         So the ranks leave every step together: one that went on alone would wait for the others.
+        Those that gather something meanwhile, in the step, learn of the problem there.
         """
         result, error = None, None
         try:
             result = step()
+        except ProblemError:
+            raise  # all ranks know
         except Exception as caught:  # whatever it is, the other ranks must know
             error = caught
         reason = self.problem(error)
@@ -89,7 +117,7 @@ class ProcessRanks(Ranks):
         dist.all_gather(everyone, tensor.contiguous())
         return everyone
 
-    def gather_object(self, item: T) -> list[T]:
+    def _exchange(self, item: Any) -> list[Any]:
         everyone: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everyone, item)
         return everyone
@@ -110,7 +138,7 @@ class VirtualRanks(Ranks):
     def gather(self, tensor: Tensor) -> list[Tensor]:
         return self.local.gather(tensor)
 
-    def gather_object(self, item: T) -> list[T]:
+    def _exchange(self, item: Any) -> list[Any]:
         return self.local.gather(item)
 
     def barrier(self) -> None:

@@ -23,7 +23,7 @@ class Alone(Ranks):
     def gather(self, tensor):
         return [tensor]
 
-    def gather_object(self, item):
+    def _exchange(self, item):
         return [item] if self.others is None else [item, self.others]
 
     def barrier(self):
@@ -74,10 +74,3 @@ def test_the_garbage_collector_is_off_during_rounds_only() -> None:
     interleaved({"a": lambda: seen.append(gc.isenabled())}, Alone(), rounds=1, num_calls=2)
     assert seen[-2:] == [False, False]
     assert gc.isenabled()
-
-
-def test_the_first_problem_of_any_rank_is_everyones() -> None:
-    assert Alone().problem(None) is None
-    assert Alone().problem(ValueError("too\n many")) == "rank 0: too many"
-    assert Alone().problem(RuntimeError("x")) == "rank 0: RuntimeError: x"
-    assert Alone(others="late").problem(None) == "rank 1: late"
