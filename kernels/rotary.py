@@ -13,7 +13,8 @@ N sequences of L positions, A heads of D values each.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
+from typing import Any
 
 import torch
 from dualpipe_ext.kernels.backend import DTYPES, accumulator_dtype, runs_triton
@@ -150,24 +151,57 @@ def _turn(x: Tensor, table: Tensor) -> Tensor:
 def _table_for(heads: Tensor, base: float) -> Tensor:
     """Cosines and sines [2, L, D / 2], in the dtype that is computed in."""
     length, half = heads.shape[1], heads.shape[4] // 2
-    sizes = (length, half, base, accumulator_dtype(heads.dtype))
+    sizes = (length, half, base, accumulator_dtype(heads.dtype), heads.device)
     if type(heads) is not Tensor or torch.compiler.is_compiling():
         # Tensors of a tracer are not to be kept for others.
-        return _table(*sizes, heads.device)
-    if not heads.is_cuda:
-        return _kept_table(*sizes, heads.device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        # Memory of a graph, filled when it is replayed: for that graph alone.
-        return _table(*sizes, heads.device)
-    # Made on one stream, it is not ready on another.
-    return _kept_table(*sizes, heads.device, torch.cuda.current_stream(heads.device).cuda_stream)
+        return _table(*sizes)
+    return _TABLES.of(sizes)
 
 
-@lru_cache(maxsize=16)
-def _kept_table(
-    length: int, half: int, base: float, dtype: torch.dtype, device: torch.device, stream: int
-) -> Tensor:
-    return _table(length, half, base, dtype, device)
+class _Tables:
+    """Tables that were made, the last used ones, so that not every layer makes its own."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # By sizes and stream: made on one stream, a table is not ready on another.
+        self._kept: OrderedDict[tuple[Any, int], Tensor] = OrderedDict()
+        self._captured: dict[Any, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget all but those that graphs read."""
+        self._kept.clear()
+
+    def of(self, sizes: tuple[Any, ...]) -> Tensor:
+        """For a launch on the current stream; ``sizes`` are the arguments of :func:`_table`."""
+        device, stream = sizes[-1], 0
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return self._for_graph(sizes)
+            stream = torch.cuda.current_stream(device).cuda_stream
+        key = sizes, stream
+        table = self._kept.pop(key, None)
+        self._kept[key] = table = _table(*sizes) if table is None else table
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return table
+
+    def _for_graph(self, sizes: tuple[Any, ...]) -> Tensor:
+        # A replay reads the same memory for as long as there is the graph, which does not tell when
+        # it goes: a table that one reads stays. Any stream's, for whoever captures runs what is
+        # captured before, and waits for it (as torch.cuda.graph does).
+        if sizes not in self._captured:
+            tables = (table for (of, _), table in self._kept.items() if of == sizes)
+            table = next(tables, None)
+            if table is None:  # made by every replay anew, so for this graph alone
+                return _table(*sizes)
+            self._captured[sizes] = table
+        return self._captured[sizes]
+
+
+_TABLES = _Tables(16)
 
 
 def _table(length: int, half: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:

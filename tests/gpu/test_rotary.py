@@ -6,7 +6,9 @@ import pytest
 import torch
 from dualpipe_ext.kernels import rotary as module
 from dualpipe_ext.kernels.rotary import rotary
+from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 BASE = 10_000.0
 
@@ -37,22 +39,48 @@ def test_attention_needs_no_copy_to_join_heads():
     assert mixed.transpose(1, 2).is_contiguous()
 
 
-def test_a_capture_neither_takes_nor_leaves_a_table():
-    module._kept_table.cache_clear()
-    qkv = torch.randn(1, 33, 3 * 64, device="cuda")
-    rotary(torch.randn(1, 8, 3 * 64, device="cuda"), 1, BASE)  # compiles
+def capture(qkv):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = rotary(qkv, 1, BASE)
-    want = rotary(qkv, 1, BASE)  # not from what is filled by replays only
+    return graph, captured
+
+
+def kernels(act):
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        act()
+        torch.cuda.synchronize()
+    return {e.name for e in profiler.events() if e.device_type == DeviceType.CUDA}
+
+
+def test_a_capture_leaves_no_table_that_only_replays_fill():
+    module._TABLES.clear()
+    rotary(torch.randn(1, 8, 3 * 64, device="cuda"), 1, BASE)  # compiles
+    qkv = torch.randn(1, 33, 3 * 64, device="cuda")
+    graph, captured = capture(qkv)
+    want = rotary(qkv, 1, BASE)
     graph.replay()
     for got, expected in zip(captured, want, strict=True):
         assert torch.equal(got, expected)
     assert want[0][0, 0, 32].any()
 
 
+def test_a_capture_takes_a_table_that_is_there_and_holds_on_to_it():
+    module._TABLES.clear()
+    qkv = torch.randn(1, 35, 3 * 64, device="cuda")
+    want = rotary(qkv, 1, BASE)
+    graph, captured = capture(qkv)
+    module._TABLES.clear()
+    others = [torch.full((2, 35, 32), 7.0, device="cuda") for _ in range(64)]  # where it might be
+    graph.replay()
+    for got, expected in zip(captured, want, strict=True):
+        assert torch.equal(got, expected)
+    assert kernels(graph.replay) == {"_forward_kernel"}
+    del others
+
+
 def test_every_stream_makes_its_own_table():
-    module._kept_table.cache_clear()
+    module._TABLES.clear()
     qkv = torch.randn(1, 4096, 3 * 64, device="cuda")
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -63,7 +91,7 @@ def test_every_stream_makes_its_own_table():
     torch.cuda.synchronize()
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    assert module._kept_table.cache_info().currsize == 2
+    assert len(module._TABLES) == 2
 
 
 def test_more_than_2_to_31_elements():

@@ -104,10 +104,22 @@ def test_a_tracer_leaves_no_table_to_others():
     for got, expected in zip(rotary(qkv.double(), 2, 77.0), want, strict=True):
         assert type(got) is torch.Tensor
         assert torch.equal(got, expected)
-    module._kept_table.cache_clear()
+    module._TABLES.clear()
     with FakeTensorMode():
         rotary(torch.empty(1, 13, 24, dtype=torch.float64), 2, 77.0)
-    assert module._kept_table.cache_info().currsize == 0
+    assert len(module._TABLES) == 0
+
+
+def test_tables_are_kept_and_the_last_used_ones_stay():
+    tables = module._Tables(2)
+    kind = (torch.float32, torch.device("cpu"))
+    first = tables.of((1, 2, BASE, *kind))
+    second = tables.of((2, 2, BASE, *kind))
+    assert tables.of((1, 2, BASE, *kind)) is first
+    tables.of((3, 2, BASE, *kind))
+    assert len(tables) == 2
+    assert tables.of((1, 2, BASE, *kind)) is first
+    assert tables.of((2, 2, BASE, *kind)) is not second
 
 
 def test_an_output_that_nobody_uses():
