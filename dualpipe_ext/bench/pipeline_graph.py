@@ -8,6 +8,7 @@ that are measured, and replayed is always the whole row.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ def captured(start: Call, call: Call, stop: Call, pool: Any) -> Series:
     Args:
         start: runs the forward of the first chunk.
         call: runs the backward of the chunk before and the forward of the next.
-        stop: forgets the chunk that waits for its backward; launches nothing.
+        stop: runs what the last call has left, and forgets the chunk that waits for its backward.
         pool: of memory; its graphs must not run beside each other.
 
     Raises:
@@ -44,20 +45,21 @@ def captured(start: Call, call: Call, stop: Call, pool: Any) -> Series:
     begin(1)  # what is loaded or allocated once
     stop()
     on = {"pool": pool, "stream": torch.cuda.current_stream()}
-    try:
-        lead = timing.captured(partial(begin, NUM_LEAD), **on)
-        body = timing.captured(Series.of(call, NUM_CALLS).body, **on)
-    finally:
-        stop()
+    lead = timing.captured(partial(begin, NUM_LEAD), **on)
+    body = timing.captured(Series.of(call, NUM_CALLS).body, **on)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a graph without nodes: there may be nothing to run
+        # Into a graph that nobody replays, for what it would read is not there.
+        timing.captured(stop, **on)
     return Series(lead, body, NUM_CALLS)
 
 
-def once(start: Call, call: Callable[[], Sequence[Tensor]], pool: Any) -> Sequence[Tensor]:
-    """What one call returns as a graph, which runs here; arguments as in :func:`captured`."""
+def once(start: Call, call: Callable[[], Sequence[Tensor]], last: Call, pool: Any) -> list[Tensor]:
+    """What ``call`` returns when all three are replayed as graphs; see :func:`captured`."""
     found: list[Tensor] = []
     on = {"pool": pool, "stream": torch.cuda.current_stream()}
     graphs = []  # kept: a pool is gone for good when no graph has it
-    for part in (start, lambda: found.extend(call())):
+    for part in (start, lambda: found.extend(call()), last):
         graphs.append(timing.captured(part, **on))
         graphs[-1]()
     torch.cuda.synchronize()

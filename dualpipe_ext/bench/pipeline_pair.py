@@ -99,6 +99,7 @@ class _Chunks:
 
     def stop(self) -> None:
         """Forget the chunk that waits for its backward, and begin again at the first input."""
+        self._launcher.catch_up()
         self._waiting, self._number = None, 0
 
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -270,15 +271,7 @@ class PairBench:
         with deterministic(), self._partition.step(), self._partition.beside():
             results = []
             for form, sign in ((self._serial, 1), (self._pair, -1)):
-                form.stop()
-                grad, form.grad = form.grad, sign * form.grad
-                if form is self._pair and self._options.graphs:
-                    output, input_grad = pipeline_graph.once(form.start, form, self._memory)
-                else:
-                    form.start()
-                    output, input_grad = form()
-                form.grad = grad
-                form.stop()
+                output, input_grad = self._once(form, sign)
                 results.append((output, input_grad * sign))
                 if sign > 0:
                     self._expect_gradients()
@@ -289,6 +282,31 @@ class PairBench:
         for name, parameter in self._stage.named_parameters():
             if parameter.grad.any():  # also if it is not a number
                 raise WrongResultError(f"the gradient of {name} is not that of the serial run")
+
+    def _once(self, chunks: _Chunks, sign: int) -> Sequence[Tensor]:
+        """What a call returns, after one more that adds zeros to the weight gradients, but for
+        those that the first has left to it."""
+        grad = chunks.grad
+        chunks.stop()
+
+        def call() -> tuple[Tensor, Tensor]:
+            chunks.grad = sign * grad
+            return chunks()
+
+        def last() -> tuple[()]:
+            chunks.grad = torch.zeros_like(grad)
+            chunks()
+            chunks.stop()
+            return ()
+
+        try:
+            if chunks is self._pair and self._options.graphs:
+                return pipeline_graph.once(chunks.start, call, last, self._memory)
+            chunks.start()
+            return (*call(), *last())
+        finally:
+            chunks.grad = grad
+            chunks.stop()
 
     def _expect_gradients(self) -> None:
         for name, parameter in self._stage.named_parameters():

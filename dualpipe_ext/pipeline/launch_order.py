@@ -1,15 +1,15 @@
 """The order in which a pair is launched: the forward of one chunk beside the backward of another.
 
 What belongs here: turns of the two sides (:func:`interleave`), where deferred weight gradients go
-(between them, or, once it is known how long everything takes, where the compute stream would wait:
-:func:`fill_gaps`), and the model of two streams that tells which order ends first
-(:func:`predicted_span`). Pure data: nothing is launched here.
+(between them, or, once it is known how long everything takes, where the compute stream would wait,
+be it in the next pair: :func:`fill_gaps`), and the model of two streams that tells which order ends
+first (:func:`predicted_span`). Pure data: nothing is launched here.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -19,15 +19,25 @@ if TYPE_CHECKING:
 # How much longer than a gap a weight gradient may be to go there, as a share of its time. Which
 # is best depends on how the pieces happen to fit: all are tried.
 _OVERHANGS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Share of a pair that leaving weight gradients to the next one must save: what they are computed
+# from stays in memory until then.
+_WORTH_LEAVING = 0.005
 
 
 class Launch(NamedTuple):
-    """One launch of a pair: F or B of a phase, or W, its deferred weight gradients."""
+    """One launch of a pair: F or B of a phase, or W, its deferred weight gradients.
 
-    op: Literal["F", "B", "W"]
+    L stands for those that the pair before has left. An order that has it leaves those weight
+    gradients to the next pair that it does not name.
+    """
+
+    op: Literal["F", "B", "W", "L"]
     index: int
     # W: which of the phase's gradients, in the order they were deferred; None for all that are left
     part: int | None = None
+
+
+LEFT = Launch("L", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +58,7 @@ class PairTimes:
     weight_of: Mapping[Launch, Hashable] = field(default_factory=dict)
 
     def of(self, launch: Launch) -> float:
-        """Seconds of a launch."""
+        """Seconds of a launch of this pair."""
         if launch.op != "W":
             return (self.forward if launch.op == "F" else self.backward)[launch.index]
         parts = self.weights[launch.index]
@@ -109,18 +119,33 @@ def fill_gaps(
     gradients, the one that ends first by :func:`predicted_span`; the one of :func:`interleave` is
     among them.
 
+    A pair begins with communication of its backward that only its forward can hide: no weight
+    gradient is there yet. Where that is too short, some are left to the next pair for this place.
+
     Args:
         forward: as in :func:`interleave`.
         backward: as in :func:`interleave`.
         times: of these phases.
 
     Returns:
-        Every F and B once, and every weight gradient that was timed.
+        Every F and B once, and every weight gradient that was timed; or :data:`LEFT`, once, and all
+        but those that are left to the next pair.
     """
     turns = interleave(forward, backward)
-    orders = [turns, *(_fill(turns, forward, backward, times, o) for o in _OVERHANGS)]
+
+    def span(order: Sequence[Launch]) -> float:
+        return predicted_span(order, forward, backward, times)
+
     # min() takes the first of equals.
-    return min(orders, key=lambda order: predicted_span(order, forward, backward, times))
+    filled = [_fill(turns, forward, backward, times, o) for o in _OVERHANGS]
+    best = min([turns, *filled], key=span)
+    leaving = [
+        _fill(turns, forward, backward, times, overhang, left)
+        for left in _what_to_leave(turns, forward, backward, times)
+        for overhang in _OVERHANGS
+    ]
+    shortest = min(leaving, key=span, default=best)
+    return shortest if span(shortest) < (1 - _WORTH_LEAVING) * span(best) else best
 
 
 def predicted_span(
@@ -130,11 +155,29 @@ def predicted_span(
     times: PairTimes,
 ) -> float:
     """Seconds from the first launch to the end of the last: two streams, each in launch order, and
-    every F and B behind the one before it on its side."""
+    every F and B behind the one before it on its side.
+
+    What an order leaves to the next pair, the pair before has left to it.
+    """
     streams = _Streams(forward, backward, times)
+    left = _not_in(order, times)
     for launch in order:
-        streams.run(launch)
+        if launch == LEFT:
+            streams.run_left(left)
+        else:
+            streams.run(launch)
     return max(streams.free.values())
+
+
+def _not_in(order: Sequence[Launch], times: PairTimes) -> list[Launch]:
+    """The weight gradients, one by one, that the order does not name."""
+    named = set(order)
+    return [
+        Launch("W", index, part)
+        for index, parts in enumerate(times.weights)
+        for part in range(len(parts))
+        if not named & {Launch("W", index, part), Launch("W", index)}
+    ]
 
 
 class _Streams:
@@ -163,6 +206,10 @@ class _Streams:
         if launch.op != "W":
             self._done[launch.op] = end
 
+    def run_left(self, left: Sequence[Launch]) -> None:
+        """Weight gradients of the pair before: as many as this one leaves."""
+        self.free["compute"] += sum(map(self._times.of, left))
+
 
 def _fill(
     turns: Sequence[Launch],
@@ -170,8 +217,12 @@ def _fill(
     backward: Sequence[Phase],
     times: PairTimes,
     overhang: float,
+    left: Set[Launch] = frozenset(),
 ) -> list[Launch]:
-    """The turns, and in each gap of the compute stream the longest weight gradients that fit."""
+    """The turns, and in each gap of the compute stream the longest weight gradients that fit.
+
+    Those in ``left`` are not launched; in the first gap those that the pair before has left are.
+    """
     streams = _Streams(forward, backward, times)
     order: list[Launch] = []
     owed: list[Launch] = []
@@ -180,22 +231,88 @@ def _fill(
         streams.run(launch)
         order.append(launch)
 
+    def run_left() -> None:
+        if left and LEFT not in order:
+            streams.run_left(sorted(left))
+            order.append(LEFT)
+
     for launch in turns:
         if launch.op == "W":
             continue
         computes = streams.stream_of(launch) == "compute"
+        if computes and streams.gap_before(launch) > 0:
+            run_left()
         while computes and owed and (room := streams.gap_before(launch)) > 0:
             first = {times.weight_of.get(w, w): w for w in reversed(owed)}.values()
-            fitting = [w for w in first if (1 - overhang) * times.of(w) <= room]
-            if not fitting:
+            longest = _longest(first, times, room, overhang)
+            if longest is None:
                 break
-            longest = max(fitting, key=times.of)
             owed.remove(longest)
             run(longest)
         run(launch)
         if launch.op == "B" and computes:
             parts = range(len(times.weights[launch.index]))
-            owed += [Launch("W", launch.index, part) for part in parts]
+            found = (Launch("W", launch.index, part) for part in parts)
+            owed += [w for w in found if w not in left]
+    run_left()
     for launch in owed:
         run(launch)
     return order
+
+
+def _longest(
+    among: Iterable[Launch], times: PairTimes, room: float, overhang: float
+) -> Launch | None:
+    """The longest that is no longer than the room, or only by a share of itself."""
+    fitting = [w for w in among if (1 - overhang) * times.of(w) <= room]
+    return max(fitting, key=times.of, default=None)
+
+
+def _what_to_leave(
+    turns: Sequence[Launch],
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    times: PairTimes,
+) -> Iterator[frozenset[Launch]]:
+    """Weight gradients that might fill the first gap of the next pair.
+
+    From those that are there last, for which the least memory waits, to all. Gradients of one
+    weight are added up in their order, so a weight that has several in a pair is left out.
+    """
+    room = _first_gap(turns, forward, backward, times)
+    num = Counter(times.weight_of.values())
+    pool: list[Launch] = []
+    seen: set[frozenset[Launch]] = set()
+    for index, parts in enumerate(times.weights):  # a backward ends with the first phase
+        found = [Launch("W", index, part) for part in range(len(parts))]
+        pool += [w for w in found if num[times.weight_of.get(w)] <= 1]
+        for overhang in _OVERHANGS:
+            among, left, rest = [*pool], set(), room
+            while rest > 0 and (longest := _longest(among, times, rest, overhang)) is not None:
+                among.remove(longest)
+                left.add(longest)
+                rest -= times.of(longest)
+            if left and frozenset(left) not in seen:
+                seen.add(frozenset(left))
+                yield frozenset(left)
+
+
+def _first_gap(
+    turns: Sequence[Launch],
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    times: PairTimes,
+) -> float:
+    """How long the compute stream waits when it does for the first time; 0 if a weight gradient
+    could run by then."""
+    streams = _Streams(forward, backward, times)
+    for launch in turns:
+        if launch.op == "W":
+            break
+        computes = streams.stream_of(launch) == "compute"
+        if computes and (gap := streams.gap_before(launch)) > 0:
+            return gap
+        streams.run(launch)
+        if computes and launch.op == "B" and times.weights[launch.index]:
+            break
+    return 0.0

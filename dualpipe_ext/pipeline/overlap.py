@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
-from dualpipe_ext.pipeline.launch_order import Launch
+from dualpipe_ext.pipeline.launch_order import LEFT, Launch
 from dualpipe_ext.pipeline.pair_orders import Agree, PairOrders, Sample
 from dualpipe_ext.pipeline.stream_memory import StreamMemory
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
@@ -103,6 +103,7 @@ class Launcher:
         if partition is not None:
             partition.follow(self._use_orders_of)
         self._timed: tuple[Launch, Sample] | None = None
+        self._left: ChunkGraph | None = None  # whose weight gradients have not all been computed
 
     def _use_orders_of(self, comm_sms: int | None) -> None:
         self.orders = self._orders.setdefault(comm_sms, PairOrders(self._agree))
@@ -174,8 +175,28 @@ class Launcher:
         if self._comm is not None:
             self._follow(chain, torch.cuda.current_stream(self._device), tensors)
 
+    def leave_weights(self, graph: ChunkGraph) -> None:
+        """A pair is over but for weight gradients of its backward; nobody else has left any."""
+        assert self._left is None
+        self._left = graph
+
+    def catch_up(self) -> None:
+        """Compute the weight gradients that the last pair has left, if it has.
+
+        Needed before anything else adds to the same gradients, which have an order, or reads them.
+        Pairs and everything that a :class:`ChunkGraph` runs outside of pairs see to it.
+        """
+        graph, self._left = self._left, None
+        if graph is not None:
+            graph.weights()
+
+    def forget_left(self) -> None:
+        """Leave them out: a step has failed."""
+        self._left = None
+
     def settle(self) -> None:
         """After a step: order the streams after each other, and let go of what only they used."""
+        self.catch_up()
         if self._comm is None:
             return
         ends = self.start(), _Chain()
@@ -291,6 +312,7 @@ class ChunkGraph:
 
     def forward(self) -> None:
         """Run the forward of all phases."""
+        self.launcher.catch_up()
         for index in range(len(self.phases)):
             self.run_forward(index)
 
@@ -360,11 +382,13 @@ class ChunkGraph:
 
     def backward(self, *, defer: bool) -> None:
         """Run the backward of all phases."""
+        self.launcher.catch_up()
         for index in reversed(range(len(self.phases))):
             self.run_backward(index, defer=defer)
 
     def weights(self) -> None:
         """Compute the deferred weight gradients of all phases, in the order of the backward."""
+        self.launcher.catch_up()
         for index in reversed(range(len(self.phases))):
             if self.phases[index].stream == "compute":
                 self.run_weights(index)
@@ -381,7 +405,8 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
 
     ``backward.start_backward`` has been called. Every launch does what it would do alone, so the
     results are those of the forward and then the backward, bit for bit, whatever the order. (Not
-    so for a weight whose gradient is deferred in one place and not in another.)
+    so for a weight whose gradient is deferred in one place and not in another.) Some weight
+    gradients may be left to the next pair: see :meth:`Launcher.catch_up`.
     """
     launcher = forward.launcher
     order, sample = launcher.orders.begin(
@@ -390,20 +415,38 @@ def run_pair(forward: ChunkGraph, backward: ChunkGraph) -> None:
         may_time=launcher.can_time() and backward.weights_in_parts,
         stages=(forward.stage, backward.stage),
     )
+    leaves = LEFT in order
     with launcher.paired():
+        if not leaves:
+            launcher.catch_up()
         for launch in order:
-            if launch.op == "W" and sample is not None:
-                for part in backward.parts(launch.index):
-                    single = Launch("W", launch.index, part)
-                    sample.weights[single] = backward.weight_of(launch.index, part)
-                    with launcher.timing(single, sample):
-                        backward.run_weights(launch.index, part)
-            with launcher.timing(launch, None if launch.op == "W" else sample):
-                if launch.op == "F":
-                    forward.run_forward(launch.index)
-                elif launch.op == "B":
-                    backward.run_backward(launch.index, defer=True)
-                else:
-                    backward.run_weights(launch.index, launch.part)
-        if backward.weights_in_parts:
+            _run_launch(launch, forward, backward, sample)
+        if not backward.weights_in_parts:
+            return
+        if leaves:
+            launcher.leave_weights(backward)
+        else:
             backward.weights()  # what there is more than at the time of measuring
+
+
+def _run_launch(
+    launch: Launch, forward: ChunkGraph, backward: ChunkGraph, sample: Sample | None
+) -> None:
+    """One launch of a pair, timed if there is a sample."""
+    launcher = forward.launcher
+    if launch == LEFT:
+        launcher.catch_up()
+        return
+    if launch.op == "W" and sample is not None:
+        for part in backward.parts(launch.index):
+            single = Launch("W", launch.index, part)
+            sample.weights[single] = backward.weight_of(launch.index, part)
+            with launcher.timing(single, sample):
+                backward.run_weights(launch.index, part)
+    with launcher.timing(launch, None if launch.op == "W" else sample):
+        if launch.op == "F":
+            forward.run_forward(launch.index)
+        elif launch.op == "B":
+            backward.run_backward(launch.index, defer=True)
+        else:
+            backward.run_weights(launch.index, launch.part)

@@ -244,6 +244,7 @@ class Pipeline(nn.Module):
                 self._launcher.settle()
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
+            self._launcher.forget_left()
             self._store.clear()
             raise
         losses = [batch.losses[chunk] for chunk in sorted(batch.losses)]
@@ -339,6 +340,7 @@ class Pipeline(nn.Module):
             zero_bubble=zero_bubble,
             stopwatch=stopwatch,
         ).run()
+        self._launcher.catch_up()
         assert not len(self._store)
         if stopwatch is not None:
             self.last_step = stopwatch.record()

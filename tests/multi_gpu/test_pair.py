@@ -49,6 +49,7 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
                 with deterministic():
                     bench._pair.start()
                     bench._pair()
+                    bench._pair.stop()
                 runs.append(sums(stage))
             found[f"{transport} {level}"] = runs
             buffer.check()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpipe_ext.pipeline.launch_order import (
+    LEFT,
     Launch,
     PairTimes,
     fill_gaps,
@@ -64,6 +65,53 @@ def test_equal_streams_come_close_to_half_of_serial(layers, speed_up):
     assert (compute + comm) / after > speed_up
 
 
+def test_what_the_first_gap_needs_is_left_to_the_next_pair():
+    side = phases(1)
+    times = times_of(
+        side,
+        compute={"attention": 2.0, "mlp": 3.0},
+        comm=4.0,
+        weights={"attention": (2.0,), "mlp": (3.0,)},
+    )
+    # compute:  attention(F) 0-2, mlp(W) of the pair before 2-5, mlp(B) 5-8, mlp(F) 8-11
+    #           attention(B) 12-14, attention(W) 14-16
+    # comm:     combine(B) 0-4, dispatch(F) 4-8, dispatch(B) 8-12, combine(F) 12-16
+    order = [
+        *(Launch("B", 3), Launch("F", 0), LEFT, Launch("B", 2), Launch("F", 1)),
+        *(Launch("B", 1), Launch("F", 2), Launch("B", 0), Launch("F", 3), Launch("W", 0, 0)),
+    ]
+    assert fill_gaps(side, side, times) == order
+    assert predicted_span(order, side, side, times) == 16.0
+
+
+def test_left_weight_gradients_fill_the_first_gap():
+    side = phases(2)
+    parts = {"attention": (1.0, 1.5), "mlp": (1.0, 2.0)}
+    times = times_of(side, compute={"attention": 2.0, "mlp": 4.0}, comm=4.0, weights=parts)
+    order = fill_gaps(side, side, times)
+    place = order.index(LEFT)
+    named = [w for w in order if w.op == "W"]
+    left = {Launch("W", i, p) for i in (0, 2, 4, 6) for p in range(2)} - set(named)
+    assert 0 < sum(map(times.of, left)) <= 4.0
+    # Behind the attention of the forward, before the backward that waits for communication.
+    assert order[:place] == [Launch("B", 7), Launch("F", 0)]
+    assert order[place + 1] == Launch("B", 6)
+    without = [w for w in order if w != LEFT] + sorted(left)
+    spans = [predicted_span(o, side, side, times) for o in (order, without)]
+    assert spans[0] < 0.97 * spans[1]
+
+
+def test_a_weight_that_has_two_gradients_leaves_none():
+    side = phases(2)
+    parts = {"attention": (1.0, 1.5), "mlp": (1.0, 2.0)}
+    times = times_of(side, compute={"attention": 2.0, "mlp": 4.0}, comm=4.0, weights=parts)
+    pieces = [Launch("W", i, p) for i in (6, 4, 2, 0) for p in range(2)]
+    twice = replace(times, weight_of={w: (w.index % 4, w.part) for w in pieces})
+    assert LEFT not in fill_gaps(side, side, twice)
+    once = replace(times, weight_of={w: w for w in pieces})
+    assert fill_gaps(side, side, once) == fill_gaps(side, side, times)
+
+
 seconds = st.floats(0.01, 10)
 
 
@@ -82,12 +130,18 @@ def cases(draw):
 def test_only_weights_move_and_none_is_lost(case):
     forward, backward, times = case
     order, turns = fill_gaps(forward, backward, times), interleave(forward, backward)
-    assert [x for x in order if x.op != "W"] == [x for x in turns if x.op != "W"]
+    assert [x for x in order if x.op not in "WL"] == [x for x in turns if x.op != "W"]
+    assert order.count(LEFT) <= 1
     for index, parts in enumerate(times.weights):
         mine = [launch for launch in order if launch.op == "W" and launch.index == index]
         assert all(order.index(w) > order.index(Launch("B", index)) for w in mine)
-        if mine != [Launch("W", index)]:
+        if LEFT in order:
+            assert all(order.index(w) > order.index(LEFT) for w in mine)
+            assert len(mine) == len({launch.part for launch in mine} & set(range(len(parts))))
+        elif mine != [Launch("W", index)]:
             assert sorted(launch.part for launch in mine) == list(range(len(parts)))
+    if LEFT in order:
+        assert sum(map(len, times.weights)) > sum(launch.op == "W" for launch in order)
 
 
 def test_gradients_of_one_weight_keep_their_order():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
-from dualpipe_ext.pipeline.launch_order import PairTimes, fill_gaps, interleave
+from dualpipe_ext.pipeline.launch_order import LEFT, Launch, PairTimes, fill_gaps, interleave
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
 from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.pipeline.stage import LocalStage, overlap
@@ -211,6 +211,15 @@ def test_pair_equals_forward_then_backward(forward_layers, backward_layers, chec
     assert launches == _names(first.phases(), second.phases())
 
 
+def _leaving_order(module):
+    """For two layers: an order that leaves weight gradients to the next pair."""
+    one_layer = (1.9, 3.9, 3.3, 3.9)
+    times = PairTimes(2 * one_layer, 2 * one_layer, 2 * ((1.9,), (), (0.9, 1.9), ()))
+    order = fill_gaps(module.phases(), module.phases(), times)
+    assert LEFT in order
+    return order
+
+
 @pytest.mark.parametrize("parts_known", [2, 1, 0])
 def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     """Also if there are more of them than the order knows of."""
@@ -218,9 +227,7 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     plain = defer_weight_grads(Stack(Layer(), Layer()).double())
     module = copy.deepcopy(plain)
     x, grad = torch.randn(5, H).double(), torch.randn(5, H).double()
-    one_layer = (1.9, 3.9, 3.3, 3.9)
-    times = PairTimes(2 * one_layer, 2 * one_layer, 2 * ((1.9,), (), (0.9, 1.9), ()))
-    order = fill_gaps(plain.phases(), plain.phases(), times)
+    order = [launch for launch in _leaving_order(plain) if launch != LEFT]
     assert any(launch.part == 1 for launch in order)
     order = [launch for launch in order if launch.part is None or launch.part < parts_known]
     monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
@@ -240,6 +247,118 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     _assert_same_grads(_grads(module), _grads(plain), exact=True)
     # attention has one weight that waits, mlp two.
     assert sum(name == "mlp(W)" for name in launches) == (4 if parts_known else 2)
+
+
+class Chain:
+    """Pairs in a row: the forward of each chunk beside the backward of the one before."""
+
+    def __init__(self, module, record):
+        self.module, self.store = module, WeightGradStore()
+        self.launcher = Launcher(torch.device("cpu"), record)
+        self.waiting = None
+
+    def begin(self, number):
+        torch.manual_seed(number)
+        self.grad = torch.randn(5, H).double()
+        return ChunkGraph(
+            self.module.phases(),
+            (torch.randn(5, H).double(),),
+            (True,),
+            launcher=self.launcher,
+            store=self.store,
+            key=number,
+        )
+
+    def first(self):
+        self.waiting = self.begin(0)
+        self.waiting.forward()
+        self.waiting.take_outputs()
+
+    def backward_of_last(self):
+        self.waiting.start_backward([self.grad])
+        self.waiting.backward(defer=True)
+        self.waiting.weights()
+
+    def pair(self, number, *, overlapped):
+        graph = self.begin(number)
+        self.waiting.start_backward([self.grad])
+        if overlapped:
+            run_pair(graph, self.waiting)
+        else:
+            graph.forward()
+            self.waiting.backward(defer=True)
+            self.waiting.weights()
+        graph.take_outputs()
+        self.waiting.take_input_grads()
+        self.waiting = graph
+
+
+def _chains(monkeypatch, *, num_pairs=3, orders=None):
+    """One that runs serially, and one in pairs that leave weight gradients to each other."""
+    torch.manual_seed(0)
+    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    orders = orders or [_leaving_order(module)] * num_pairs
+    given = iter(orders)
+    monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (next(given), None))
+    launches = []
+    chains = [Chain(copy.deepcopy(module), launches.append) for _ in range(2)]
+    for chain in chains:
+        chain.first()
+        launches.clear()
+        for number in range(num_pairs):
+            chain.pair(number + 1, overlapped=chain is chains[1])
+    return *chains, launches
+
+
+def test_weight_gradients_are_left_to_the_next_pair(monkeypatch):
+    serial, paired, launches = _chains(monkeypatch)
+    module = serial.module
+    order = _leaving_order(module)
+    weights = [Launch("W", i, p) for i, num in ((6, 2), (4, 1), (2, 2), (0, 1)) for p in range(num)]
+    left = [w for w in weights if w not in order]
+    place = order.index(LEFT)
+    phases = module.phases()
+
+    def names(of):
+        return [f"{phases[launch.index].name}({launch.op})" for launch in of]
+
+    ahead, behind = names(order[:place]), names(order[place + 1 :])
+    assert launches == [*ahead, *behind, *(2 * [*ahead, *names(left), *behind])]
+    assert len(paired.store) > 0
+    paired.launcher.settle()
+    assert len(paired.store) == 0
+    # Also the order in which gradients are added up is that of the chunks.
+    _assert_same_grads(_grads(paired.module), _grads(module), exact=True)
+
+
+@pytest.mark.parametrize("then", ["backward", "forward", "weights", "pair"])
+def test_what_follows_first_catches_up(monkeypatch, then):
+    torch.manual_seed(0)
+    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    leaving, plain = _leaving_order(module), interleave(module.phases(), module.phases())
+    serial, paired, launches = _chains(monkeypatch, num_pairs=1, orders=[leaving, plain])
+    assert len(paired.store) > 0
+    for chain in (serial, paired):
+        launches.clear()
+        if then == "forward":
+            chain.begin(7).forward()
+        elif then == "pair":
+            chain.pair(2, overlapped=chain is paired)
+        elif then == "weights":
+            chain.begin(7).weights()
+        else:
+            chain.backward_of_last()
+    assert launches[0].endswith("(W)")
+    assert len(paired.store) == 0
+    _assert_same_grads(_grads(paired.module), _grads(serial.module), exact=True)
+
+
+def test_a_step_that_fails_leaves_nothing(monkeypatch):
+    _, paired, launches = _chains(monkeypatch, num_pairs=1)
+    launches.clear()
+    paired.launcher.forget_left()
+    paired.launcher.settle()
+    assert launches == []
 
 
 class Told:
