@@ -266,6 +266,7 @@ class PairBench:
         Raises:
             WrongResultError: an output, or a gradient, differs.
         """
+        self._launcher.catch_up()
         self._stage.zero_grad()
         # Both told alike: some means make libraries take other kernels, which round differently.
         with deterministic(), self._partition.step(), self._partition.beside():

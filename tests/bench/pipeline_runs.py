@@ -14,6 +14,8 @@ from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import ModelConfig
+from dualpipe_ext.pipeline.launch_order import LEFT, Launch, interleave
+from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.sms import SMPartition
 from tests.ep.test_switching import played
 
@@ -92,6 +94,23 @@ def check_pairs(ranks: Ranks, options: PipelineOptions = OPTIONS) -> list[str]:
     """What the check says of the real pair, and of two wrong ones."""
     pairs = (pipeline_pair.run_pair, without_weight_gradients, with_the_forwards_gradient)
     return [told_of(ranks, options, pair) for pair in pairs]
+
+
+def check_while_some_are_left(ranks: Ranks) -> tuple[int, int]:
+    """Checks a bench whose last pair has left weight gradients; how many it and the check left."""
+
+    def leaving(_, forward, backward, **how):
+        order = interleave(forward, backward)
+        order.remove(Launch("W", 0))
+        order.insert(2, LEFT)
+        return order, None
+
+    bench = make_pair(ranks)
+    with patch.object(PairOrders, "begin", leaving):
+        bench.calls()["pair"]()
+        before = len(bench._pair._store)
+        bench.check()
+    return before, len(bench._pair._store)
 
 
 def throttled(ranks: Ranks) -> tuple[list[tuple[bool, float]], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dualpipe_ext.bench.ranks import start
-from tests.bench.pipeline_runs import check_pairs, throttled
+from tests.bench.pipeline_runs import check_pairs, check_while_some_are_left, throttled
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -14,6 +14,11 @@ def test_serial_and_overlapped_are_equal_bit_for_bit(ranks):
     assert good == ""
     assert lost.startswith("the gradient of layers.1.")
     assert doubled == "the input gradient of the pair is not that of the serial run"
+
+
+def test_the_check_counts_what_pairs_leave_to_each_other():
+    run = {"virtual": False, "device_type": "cpu"}
+    assert start(check_while_some_are_left, 2, **run) == (1, 0)
 
 
 def test_communication_is_repeated_until_it_takes_as_long_as_compute():

@@ -44,8 +44,8 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
             bench.check()
             runs = []
             for _ in range(2):
-                stage.zero_grad()
                 bench._pair.stop()
+                stage.zero_grad()
                 with deterministic():
                     bench._pair.start()
                     bench._pair()
