@@ -214,7 +214,7 @@ def _by(rows: Sequence[Row], *names: str) -> list[list[Row]]:
 def pairs() -> str:
     """The overlapped pair, on the link as it is and throttled; by sizes."""
     sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
-    shape = (*sizes, "transport", "num_sms", "sm_means")
+    shape = (*sizes, "transport", "num_sms", "sm_means", "graphs")
     rows = rows_of("pipeline", (*shape, "part"), lambda row: row["repeats"] in _ONE)
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
@@ -238,6 +238,7 @@ def _pairs_of(rows: Sequence[Row]) -> str:
         "serial / pair": number("speed_up", ".2f"),
         "pair / longer one": number("pair_over_longer", ".3f"),
         "hidden": percent("hidden_share"),
+        "busy / span": number("busy_over_span", ".2f"),
     }
     return (
         f"{markdown(rows, columns)}\n"

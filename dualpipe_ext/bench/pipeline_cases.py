@@ -212,6 +212,10 @@ class PipelineRow:
     """Pair over the longer of compute and communication: 1 is the limit."""
     hidden_share: float | None = None
     """Of the communication, while something computes; the rank with the least. From a profile."""
+    busy_over_span: float | None = None
+    """Busy time of compute and of communication in overlapped pairs, over their span; the rank with
+    the least. From a profile; 1.84 in DeepSeek's. Each runs longer beside the other than alone,
+    hence more than ``speed_up``."""
     compute_slow_down: float | None = None
     """Time of compute beside communication over its time alone; the rank with the most."""
     waiting_ms: float | None = None

@@ -171,9 +171,10 @@ class _Pairs:
         trace = pipeline_profile.trace_of(calls["pair"], self._ranks, notes)
         report = analyze(trace)
         slower = pipeline_profile.slow_down(report, alone)
-        worst = self._ranks.maxima([-report.hidden, slower, report.waiting_us])
+        worst = self._ranks.maxima([-report.hidden, slower, report.waiting_us, -report.speed_up])
         row.hidden_share, row.compute_slow_down = round(-worst[0], 4), round(worst[1], 4)
         row.waiting_ms = round(1e-3 * worst[2] / pipeline_profile.NUM_CALLS, 4)
+        row.busy_over_span = round(-worst[3], 4)
         row.comm_ctas = report.comm_ctas
         picture = self._options.picture
         if picture is not None and self._ranks.rank == 0:

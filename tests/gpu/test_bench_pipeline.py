@@ -39,6 +39,7 @@ def test_every_figure_of_a_pair(transport, tmp_path):
     for row in rows:
         assert 0 <= row.hidden_share <= 1
         assert row.compute_slow_down > 0
+        assert row.busy_over_span > 0
         assert row.waiting_ms >= 0
         assert row.speed_up > 0
     assert len(list(tmp_path.glob(f"pair-{transport}*.png"))) == len(rows)
