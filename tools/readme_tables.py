@@ -222,7 +222,8 @@ def pairs() -> str:
 
 def _pairs_of(rows: Sequence[Row]) -> str:
     def transport(row: Row) -> str:
-        sms = f", {row['num_sms']} SMs" if row["num_sms"] else ""
+        packs = "packing on " if row["transport"] == "copy_engine" else ""
+        sms = f", {packs}{row['num_sms']} SMs" if row["num_sms"] else ""
         told = f", {row['sm_means']}" if row["sm_means"] != "none" else ""
         told += ", as graphs" if row["graphs"] == "True" else ""
         slower = "" if row["repeats"] in _ONE else f", link {float(row['repeats']):.0f}x slower"

@@ -35,6 +35,8 @@ class PipelineOptions:
         dtype: of the model.
         transports: the pair is measured with each.
         sms: communication SMs, for transports that take some.
+        pack_sms: SMs that pack and unpack what copy engines move; the pair is measured with each.
+            Empty: as many as the transport takes by itself.
         sm_means: how compute beside them is told, of :data:`dualpipe_ext.sms.MEANS`; the pair is
             measured with each.
         throttle: measure the pair also with communication as long as compute.
@@ -68,6 +70,7 @@ class PipelineOptions:
     rounds: int
     calls: int
     sm_means: tuple[str, ...] = (DEFAULT_MEANS,)
+    pack_sms: tuple[int, ...] = ()
     graphs: bool = False
     stage_transport: str = "auto"
     peak_tflops: float = PEAK_TFLOPS
@@ -90,6 +93,8 @@ class PipelineOptions:
             )
         if not self.peak_tflops > 0:
             raise ValueError(f"expected --peak-tflops above 0, got {self.peak_tflops:g}")
+        if self.pack_sms and min(self.pack_sms) < 1:
+            raise ValueError(f"expected --pack-sms of at least 1, got {min(self.pack_sms)}")
         for part in self.parts or ("nothing",):
             if part not in PARTS:
                 raise ValueError(f"expected --parts of {', '.join(PARTS)}, got {part!r}")
@@ -183,6 +188,7 @@ class PipelineRow:
     rounds: int
     transport: str
     num_sms: int | None = None
+    """SMs that communicate; with copy engines those asked to pack and unpack, if any were."""
     sm_means: str = "none"
     """How compute beside communication is told of the SMs that are taken."""
     compute_sms: int | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -75,13 +76,21 @@ class _Pairs:
 
     def all(self) -> None:
         # With SMs and transports as the options of ``bench ep`` have them.
-        for variant in variants(self._options):
+        for variant in self._variants():
             told = self._options.sm_means
-            if not variant.num_sms:  # where none communicates there is no number to tell
+            if not variant.nominal_sms:  # where none communicates there is no number to tell
                 told = [m for m in told if not depends_on_number(m)] or ["none"]
             for means in told:
                 self._told(variant, means)
                 _free(self._ranks)
+
+    def _variants(self) -> list[Variant]:
+        found: list[Variant] = []
+        for variant in variants(self._options):
+            packs = variant.transport == "copy_engine"
+            numbers = self._options.pack_sms if packs else ()
+            found += [replace(variant, num_sms=n) for n in numbers] or [variant]
+        return found
 
     def _told(self, variant: Variant, means: str) -> None:
         """The rows of one transport and one way to tell compute of it."""
@@ -96,7 +105,7 @@ class _Pairs:
         self._variant(variant, buffer, partition)
 
     def _partition(self, variant: Variant, means: str) -> SMPartition:
-        return SMPartition(variant.num_sms or 0, means=means, device=self._ranks.device)
+        return SMPartition(variant.nominal_sms or 0, means=means, device=self._ranks.device)
 
     def _buffer(self, variant: Variant) -> Buffer:
         options = self._options

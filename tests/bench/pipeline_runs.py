@@ -146,6 +146,7 @@ def told_by_all_means(ranks: Ranks, options: PipelineOptions) -> list[PipelineRo
         parts=("pair",),
         transports=("nvlink", "copy_engine"),
         sm_means=("none", "persistent", "green_context"),
+        pack_sms=(64,),
     )
     real = pipeline_run.SMPartition
 

@@ -100,7 +100,7 @@ def test_a_row_for_each_means_where_sms_are_taken(capsys, monkeypatch):
         ("nvlink", 8, "none", "ok"),
         ("nvlink", 8, "persistent", "ok"),
         ("nvlink", 8, "green_context", "unavailable"),
-        ("copy_engine", None, "none", "ok"),
+        ("copy_engine", 64, "none", "ok"),
     ]
     assert "no green contexts" in rows[2].reason
     monkeypatch.setenv("COLUMNS", "80")

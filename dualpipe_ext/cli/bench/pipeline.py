@@ -69,6 +69,14 @@ class Arguments:
     sms: Annotated[
         str, typer.Option(help="Communication SMs for nvlink.", rich_help_panel=RANKS)
     ] = "24,8"
+    pack_sms: Annotated[
+        str | None,
+        typer.Option(
+            help="SMs that pack and unpack for copy_engine, or several. [default: the transport's]",
+            rich_help_panel=RANKS,
+            show_default=False,
+        ),
+    ] = None
     sm_means: Annotated[
         str | None,
         typer.Option(
@@ -234,6 +242,7 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
         dtype=DTYPES[given.dtype],
         transports=_transports(given_or(given.transports, _TRANSPORTS[given.device])),
         sms=read_numbers("--sms", given.sms),
+        pack_sms=() if given.pack_sms is None else read_numbers("--pack-sms", given.pack_sms),
         sm_means=read_words(given_or(given.sm_means, DEFAULT_MEANS)),
         throttle=given.throttle,
         graphs=given.graphs,
