@@ -13,6 +13,7 @@ N sequences of L positions, A heads of D values each.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -166,6 +167,7 @@ class _Tables:
         # By sizes and stream: made on one stream, a table is not ready on another.
         self._kept: OrderedDict[tuple[Any, int], Tensor] = OrderedDict()
         self._captured: dict[Any, Tensor] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -176,6 +178,10 @@ class _Tables:
 
     def of(self, sizes: tuple[Any, ...]) -> Tensor:
         """For a launch on the current stream; ``sizes`` are the arguments of :func:`_table`."""
+        with self._lock:
+            return self._of(sizes)
+
+    def _of(self, sizes: tuple[Any, ...]) -> Tensor:
         device, stream = sizes[-1], 0
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():

@@ -205,6 +205,6 @@ def peer_copy(ranks: Ranks, options: EpOptions) -> tuple[list[float], int]:
     ranks.barrier()
     torch.cuda.synchronize()
     before = (ranks.rank - 1) % ranks.num_ranks
-    if ranks.problem(None if bool((memory == before).all()) else "wrong bytes arrived"):
+    if not bool((memory == before).all()):
         raise RuntimeError("expected the neighbour's bytes after a peer copy, got others")
     return found["copy"], _PEER_COPY_BYTES

@@ -102,6 +102,11 @@ class _Chunks:
         self._launcher.catch_up()
         self._waiting, self._number = None, 0
 
+    def forget(self) -> None:
+        """As :meth:`stop`, and leave out what is left to compute: it may have no values."""
+        self._store.clear()
+        self._waiting, self._number = None, 0
+
     def __call__(self) -> tuple[Tensor, Tensor]:
         """The output of the forward, and the gradient of the input of the backward."""
         forward, backward = self._begin(), self._waiting
@@ -305,9 +310,11 @@ class PairBench:
                 return pipeline_graph.once(chunks.start, call, last, self._memory)
             chunks.start()
             return (*call(), *last())
+        except BaseException:
+            self.close()
+            raise
         finally:
             chunks.grad = grad
-            chunks.stop()
 
     def _expect_gradients(self) -> None:
         for name, parameter in self._stage.named_parameters():
@@ -349,7 +356,17 @@ class PairBench:
         return {name: [1e-3 * us for us in values] for name, values in found.items()}
 
     def _interleaved(self, calls: dict[str, timing.Call], rounds: int) -> dict[str, list[float]]:
-        return timing.interleaved(calls, self._ranks, rounds=rounds, num_calls=self._options.calls)
+        num_calls = self._options.calls
+        # Pairs leave work to the next call of any form: one that is not measured.
+        rows = {name: timing.Series.of(call, num_calls, num_lead=1) for name, call in calls.items()}
+        return timing.interleaved(rows, self._ranks, rounds=rounds, num_calls=num_calls)
+
+    def close(self) -> None:
+        """Forget what has been left to another call, and what it is computed from."""
+        self._forget_graphs()
+        self._launcher.forget_left()
+        for chunks in (self._serial, self._compute, self._pair):
+            chunks.forget()
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class PhaseNotes:
 def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace:
     """What ran on this rank's GPU during some calls in a row, which all ranks begin together."""
     series = Series.of(call, NUM_CALLS, num_lead=NUM_LEAD)
+    ranks.gather_object(None)  # whoever had a problem before communicates no more
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()  # the first one under a profiler is slow
         torch.cuda.synchronize()

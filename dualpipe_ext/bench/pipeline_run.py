@@ -128,6 +128,7 @@ class _Pairs:
         notes, told = PhaseNotes(), {"sm_means": partition.means}
         if partition.means != "none":
             told["compute_sms"] = partition.compute_sms
+        bench: PairBench | None = None
         try:
             bench = self._ranks.together(lambda: self._bench(buffer, notes, partition))
             for throttled in (False, True) if self._options.throttle else (False,):
@@ -144,6 +145,9 @@ class _Pairs:
             wrong = WrongResultError.__name__ in str(problem)
             status = FAILED if wrong else ERROR
             self._add(self._row(variant, **told, status=status, reason=str(problem)))
+        finally:
+            if bench is not None:
+                bench.close()
 
     def _bench(self, buffer: Buffer, notes: PhaseNotes, partition: SMPartition) -> PairBench:
         options = self._options

@@ -49,9 +49,18 @@ class Ranks(ABC):
     local: LocalRank | None = None
     """Given for virtual ranks."""
 
-    @abstractmethod
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, by rank; all of one shape and of a dtype that gloo knows."""
+        """Every rank's tensor, by rank; all of one shape and of a dtype that gloo knows.
+
+        Raises:
+            ProblemError: as :meth:`gather_object`.
+        """
+        self.gather_object(None)
+        return self._exchange_tensors(tensor)
+
+    @abstractmethod
+    def _exchange_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """See :meth:`gather`."""
 
     @abstractmethod
     def _exchange(self, item: Any) -> list[Any]:
@@ -69,12 +78,18 @@ class Ranks(ABC):
             raise ProblemError(reason)
         return found
 
-    @abstractmethod
     def barrier(self) -> None:
         """What this rank gives its current stream from now on runs after all ranks have come here.
 
-        On a GPU the host need not wait: the ranks meet on the stream.
+        Raises:
+            ProblemError: as :meth:`gather_object`.
         """
+        self.gather_object(None)
+        self._meet()
+
+    @abstractmethod
+    def _meet(self) -> None:
+        """Order the streams of the ranks, whose hosts have met: see :meth:`barrier`."""
 
     def maxima(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks' values, place by place."""
@@ -112,7 +127,7 @@ class ProcessRanks(Ranks):
         self.device = device
         self._flag = torch.zeros(1, device=device)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def _exchange_tensors(self, tensor: Tensor) -> list[Tensor]:
         everyone = [torch.empty_like(tensor) for _ in range(self.num_ranks)]
         dist.all_gather(everyone, tensor.contiguous())
         return everyone
@@ -122,8 +137,8 @@ class ProcessRanks(Ranks):
         dist.all_gather_object(everyone, item)
         return everyone
 
-    def barrier(self) -> None:
-        # On CUDA this orders streams, not hosts: nobody starts late because its host was late.
+    def _meet(self) -> None:
+        # On CUDA this orders streams: nobody starts late because its host was late.
         dist.all_reduce(self._flag)
 
 
@@ -135,14 +150,14 @@ class VirtualRanks(Ranks):
         self.device = device
         self.local = member
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def _exchange_tensors(self, tensor: Tensor) -> list[Tensor]:
         return self.local.gather(tensor)
 
     def _exchange(self, item: Any) -> list[Any]:
         return self.local.gather(item)
 
-    def barrier(self) -> None:
-        self.local.gather(None)
+    def _meet(self) -> None:
+        """One stream has them all."""
 
 
 def under_torchrun() -> bool:

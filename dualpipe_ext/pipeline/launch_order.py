@@ -8,6 +8,7 @@ first (:func:`predicted_span`). Pure data: nothing is launched here.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -139,13 +140,15 @@ def fill_gaps(
     # min() takes the first of equals.
     filled = [_fill(turns, forward, backward, times, o) for o in _OVERHANGS]
     best = min([turns, *filled], key=span)
+    limit = (1 - _WORTH_LEAVING) * span(best)
     leaving = [
         _fill(turns, forward, backward, times, overhang, left)
         for left in _what_to_leave(turns, forward, backward, times)
         for overhang in _OVERHANGS
     ]
-    shortest = min(leaving, key=span, default=best)
-    return shortest if span(shortest) < (1 - _WORTH_LEAVING) * span(best) else best
+    # Those that keep least in memory come first.
+    enough = min(map(span, leaving), default=math.inf) + _WORTH_LEAVING * span(best)
+    return next((order for order in leaving if span(order) <= min(enough, limit)), best)
 
 
 def predicted_span(

@@ -188,7 +188,8 @@ class Launcher:
         """
         graph, self._left = self._left, None
         if graph is not None:
-            graph.weights()
+            with self.paired():  # as where they come from: some means change a library's kernels
+                graph.weights()
 
     def forget_left(self) -> None:
         """Leave them out: a step has failed."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 
-from dualpipe_ext.bench import pipeline_pair, pipeline_run, pipeline_steps
+from dualpipe_ext.bench import pipeline_pair, pipeline_run, pipeline_steps, timing
 from dualpipe_ext.bench.pipeline_cases import PipelineOptions, PipelineRow
 from dualpipe_ext.bench.pipeline_pair import PairBench, WrongResultError
 from dualpipe_ext.bench.ranks import Ranks
@@ -50,7 +51,11 @@ OPTIONS = PipelineOptions(
 )
 
 
-def make_pair(ranks: Ranks, options: PipelineOptions = OPTIONS) -> PairBench:
+def make_pair(
+    ranks: Ranks,
+    options: PipelineOptions = OPTIONS,
+    on_launch: Callable[[str], object] | None = None,
+) -> PairBench:
     buffer = Buffer(
         hidden=options.model.hidden,
         num_experts=options.model.num_experts,
@@ -62,7 +67,7 @@ def make_pair(ranks: Ranks, options: PipelineOptions = OPTIONS) -> PairBench:
     layers = range(options.model.num_layers)
     kind = {"dtype": options.dtype, "device": ranks.device}
     stage = middle_stage(options.model, layers, buffer=buffer, **kind)
-    return PairBench(ranks, options, stage, buffer)
+    return PairBench(ranks, options, stage, buffer, on_launch)
 
 
 def without_weight_gradients(forward, backward):
@@ -96,21 +101,55 @@ def check_pairs(ranks: Ranks, options: PipelineOptions = OPTIONS) -> list[str]:
     return [told_of(ranks, options, pair) for pair in pairs]
 
 
-def check_while_some_are_left(ranks: Ranks) -> tuple[int, int]:
-    """Checks a bench whose last pair has left weight gradients; how many it and the check left."""
+def leaving(_, forward, backward, **how):
+    """A launch order that leaves the weight gradients of the first phase to the next pair."""
+    order = interleave(forward, backward)
+    order.remove(Launch("W", 0))
+    order.insert(2, LEFT)
+    return order, None
 
-    def leaving(_, forward, backward, **how):
-        order = interleave(forward, backward)
-        order.remove(Launch("W", 0))
-        order.insert(2, LEFT)
-        return order, None
 
-    bench = make_pair(ranks)
+def check_while_some_are_left(ranks: Ranks) -> list[int]:
+    """Checks a bench whose last pair has left weight gradients. Of how many chunks some are left:
+    before the check, after it, after another pair, and when the bench is closed."""
+    bench, found = make_pair(ranks), []
+    acts = (bench.calls()["pair"], bench.check, lambda: bench.calls()["pair"](), bench.close)
     with patch.object(PairOrders, "begin", leaving):
-        bench.calls()["pair"]()
-        before = len(bench._pair._store)
-        bench.check()
-    return before, len(bench._pair._store)
+        for act in acts:
+            act()
+            found.append(len(bench._pair._store))
+    return found
+
+
+def weights_measured(ranks: Ranks) -> dict[str, list[int]]:
+    """Launches of weight gradients in what is measured of each form, round by round, where every
+    pair leaves some."""
+    names: list[str] = []
+    bench = make_pair(ranks, replace(OPTIONS, calls=2), names.append)
+    found: dict[str, list[int]] = {}
+
+    def measure(series: timing.Series, num_calls: int, ranks: Ranks) -> float:
+        series.lead()
+        names.clear()
+        series.body()
+        form = next(form for form, row in rows.items() if row is series)
+        found.setdefault(form, []).append(sum(name.endswith("(W)") for name in names))
+        return 1.0
+
+    rows: dict[str, timing.Series] = {}
+    interleaved = timing.interleaved
+
+    def noted(calls, ranks, **how):
+        rows.update(calls)
+        return interleaved(calls, ranks, **how)
+
+    with (
+        patch.object(PairOrders, "begin", leaving),
+        patch.object(timing, "measure", measure),
+        patch.object(timing, "interleaved", noted),
+    ):
+        bench.measure()
+    return found
 
 
 def throttled(ranks: Ranks) -> tuple[list[tuple[bool, float]], list[str]]:

@@ -20,13 +20,13 @@ class Alone(Ranks):
         self.others = others
         self.log: list[str] = []
 
-    def gather(self, tensor):
+    def _exchange_tensors(self, tensor):
         return [tensor]
 
     def _exchange(self, item):
         return [item] if self.others is None else [item, self.others]
 
-    def barrier(self):
+    def _meet(self):
         self.log.append("barrier")
 
 

@@ -409,6 +409,26 @@ def test_only_pairs_run_beside_communication():
     assert set(places) == {()}
 
 
+def test_what_pairs_leave_runs_as_if_beside_communication(monkeypatch):
+    torch.manual_seed(0)
+    told, places = Told(), []
+    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    order = _leaving_order(module)
+    monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
+    chain = Chain(module, None)
+    chain.launcher = Launcher(
+        torch.device("cpu"), lambda name: places.append((name[-3:], *told.now)), told
+    )
+    chain.first()
+    chain.pair(1, overlapped=True)
+    places.clear()
+    chain.backward_of_last()
+    ahead = places[: places.index(("(B)",))]
+    assert ahead
+    assert set(ahead) == {("(W)", "beside")}
+    assert set(places[len(ahead) :]) == {("(B)",), ("(W)",)}
+
+
 def test_launch_orders_belong_to_a_number_of_sms():
     told = Told()
     launcher = Launcher(torch.device("cpu"), partition=told)
