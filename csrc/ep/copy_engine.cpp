@@ -173,7 +173,7 @@ class Carrier {
     for (const CopyArray& array : arrays_[local]) {
       const bool rows = &array == &arrays_[local].front();
       const cudaStream_t stream = rows && shape_.in_turn ? lanes_.turns() : lane;
-      // Rows are what a slower link takes longer for. Runs of a few bytes cost time by their number.
+      // Rows are what a slower link takes longer for; few bytes a run cost time by their number.
       const double repeats = rows ? lanes_.repeats : 1.0;
       if (const auto status = copy_array(array, local, peer, part, repeats, stream)) return status;
     }
