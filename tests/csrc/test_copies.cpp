@@ -448,9 +448,34 @@ void turns_are_fixed() {
   CHECK(group.run());
 }
 
+// A slower link takes longer for rows: numbers and flags are copied once.
+void rows_are_repeated() {
+  const uint32_t ranks = 2 + draw(3), most = 8 + draw(40);
+  Group group(ranks, ranks, most);
+  std::vector<size_t> copies;
+  for (const double repeats : {1.0, 2.5}) {
+    Round round(ranks, most);
+    round.known = round.direct = false;  // so all parts are copied, there and back
+    round.in_turn = true;                // rows on a stream of their own
+    round.parts = kParts[0];
+    for (CopyLanes& each : group.lanes) each.repeats = repeats;
+    enqueued_copies.clear();
+    group.enqueue(round);
+    size_t rows = 0;
+    for (const Copy& copy : enqueued_copies) rows += copy.stream == group.lanes[0].turns();
+    copies.push_back(rows);
+    copies.push_back(enqueued_copies.size() - rows * ranks);
+    CHECK(group.run());
+    CHECK(round.rows.out == round.rows.want && round.numbers.out == round.numbers.want);
+    CHECK(round.rows.y == round.rows.want_y && round.numbers.y == round.numbers.want_y);
+  }
+  CHECK(copies[2] == 3 * copies[0] && copies[3] == copies[1]);
+}
+
 }  // namespace
 
 int main() {
   for (int i = 0; i < 600; ++i) rounds_in_a_row();
   for (int i = 0; i < 50; ++i) turns_are_fixed();
+  for (int i = 0; i < 20; ++i) rows_are_repeated();
 }
