@@ -15,10 +15,9 @@ from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import ModelConfig
-from dualpipe_ext.pipeline.launch_order import LEFT, Launch, interleave
-from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.sms import SMPartition
 from tests.ep.test_switching import played
+from tests.pipeline.leaving import all_pairs_leave
 
 MODEL = ModelConfig(
     hidden=64,
@@ -101,20 +100,12 @@ def check_pairs(ranks: Ranks, options: PipelineOptions = OPTIONS) -> list[str]:
     return [told_of(ranks, options, pair) for pair in pairs]
 
 
-def leaving(_, forward, backward, **how):
-    """A launch order that leaves the weight gradients of the first phase to the next pair."""
-    order = interleave(forward, backward)
-    order.remove(Launch("W", 0))
-    order.insert(2, LEFT)
-    return order, None
-
-
 def check_while_some_are_left(ranks: Ranks) -> list[int]:
     """Checks a bench whose last pair has left weight gradients. Of how many chunks some are left:
     before the check, after it, after another pair, and when the bench is closed."""
     bench, found = make_pair(ranks), []
     acts = (bench.calls()["pair"], bench.check, lambda: bench.calls()["pair"](), bench.close)
-    with patch.object(PairOrders, "begin", leaving):
+    with all_pairs_leave():
         for act in acts:
             act()
             found.append(len(bench._pair._store))
@@ -144,7 +135,7 @@ def weights_measured(ranks: Ranks) -> dict[str, list[int]]:
         return interleaved(calls, ranks, **how)
 
     with (
-        patch.object(PairOrders, "begin", leaving),
+        all_pairs_leave(),
         patch.object(timing, "measure", measure),
         patch.object(timing, "interleaved", noted),
     ):

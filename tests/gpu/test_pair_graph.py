@@ -15,6 +15,7 @@ from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 from tests.gpu.test_bench_pipeline import WIDE
+from tests.pipeline.leaving import all_pairs_leave
 
 
 class Chunks:
@@ -72,6 +73,12 @@ class Chunks:
         return [tensor.clone() for tensor in (*self.results, *grads)]
 
 
+def replays_that_leave_equal_eager(ranks: Ranks, transport: str) -> int:
+    """The pair leaves weight gradients, and the part behind it computes them."""
+    with all_pairs_leave():
+        return replays_equal_eager(ranks, transport)
+
+
 def replays_equal_eager(ranks: Ranks, transport: str) -> int:
     model, device = WIDE.model, ranks.device
     buffer = stage_buffer(model, tokens=WIDE.tokens, dtype=torch.bfloat16, transport=transport)
@@ -107,4 +114,5 @@ def replays_equal_eager(ranks: Ranks, transport: str) -> int:
 @pytest.mark.parametrize("transport", ["nvlink", "copy_engine"])
 def test_replayed_pairs_have_the_bits_of_eager_ones(transport: str) -> None:
     run = partial(start, virtual=False, device_type="cuda")
-    assert run(replays_equal_eager, 1, transport) == 3
+    for act in (replays_equal_eager, replays_that_leave_equal_eager):
+        assert run(act, 1, transport) == 3

@@ -12,6 +12,7 @@ from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.sms import SMPartition
 from tests.gpu.test_bench_pipeline import WIDE
 from tests.multi_gpu import RANKS
+from tests.pipeline.leaving import all_pairs_leave
 
 TRANSPORTS = ("nvlink", "copy_engine", "collective")
 
@@ -52,6 +53,8 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
                     bench._pair.stop()
                 runs.append(sums(stage))
             found[f"{transport} {level}"] = runs
+            with all_pairs_leave():
+                bench.check()
             buffer.check()
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ from torch import nn
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline.exchange import TensorSpec
-from dualpipe_ext.pipeline.launch_order import LEFT, Launch, interleave
 from dualpipe_ext.pipeline.overlap import Phase
-from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.pipeline.plan import build_plan
 from dualpipe_ext.pipeline.runtime import DualPipe, DualPipeV, Pipeline
 from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
+from tests.pipeline.leaving import all_pairs_leave
 
 H = 6
 TIMEOUT_S = 20.0
@@ -319,15 +317,9 @@ def _leaving():
     case = Case(Phased, "dualpipev", 2, 8)
     modules, stages = case.local(Phased, rank)
     launches: list[str] = []
-
-    def order(_, forward, backward, **how):
-        found = [x for x in interleave(forward, backward) if x != Launch("W", 0)]
-        found.insert(found.index(Launch("B", 0)), LEFT)
-        return found, None
-
     pipeline = DualPipeV(modules, timeout_s=TIMEOUT_S, on_launch=launches.append)
     x, labels, _ = case.batch(rank)
-    with patch.object(PairOrders, "begin", order):
+    with all_pairs_leave():
         for times in (1, 2):
             pipeline.step(x, num_chunks=8, criterion=mse, labels=(labels,))
             case.check_grads(modules, stages, times)
@@ -337,7 +329,7 @@ def _leaving():
 
 def test_weight_gradients_are_left_to_the_next_pair():
     inner = run_ranks(_leaving, 2, run_timeout_s=60)[1]
-    one = "down(B) move(B) down(W) up(F) up(W) up(B) move(F) down(F)"
+    one = "down(B) move(B) up(W) down(W) up(F) up(B) move(F) down(F)"
     assert f"{one} {one}" in inner
 
 

@@ -13,6 +13,7 @@ from dualpipe_ext.memory import MAX_LEVEL
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.training import TrainConfig, Trainer
 from dualpipe_ext.training.data import load_text
+from tests.pipeline.leaving import all_pairs_leave
 
 MODEL = ModelConfig(hidden=32, num_heads=2, num_layers=4, expert_hidden=16, shared_hidden=32)
 CONFIG = TrainConfig(model=MODEL, batch=16, seq_len=32, steps=12, warmup=3, bias_rate=0.05)
@@ -77,6 +78,19 @@ def test_loss_falls(one_process):
 def test_ranks_train_as_one_process_does(one_process, changes):
     for ours, theirs in zip(train(replace(CONFIG, **changes)), one_process, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def losses_where_pairs_leave(config: TrainConfig, steps: int) -> list[float]:
+    with all_pairs_leave():
+        return losses(config, steps)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_weight_gradients_that_pairs_leave_to_each_other_change_no_bit(schedule):
+    changes = {"redundant_experts": 4, "rebalance_every": 2, "num_chunks": 8}
+    config = replace(CONFIG, schedule=schedule, **changes)
+    left = run_ranks(losses_where_pairs_leave, 4, config, 6, run_timeout_s=120)
+    assert left == run_ranks(losses, 4, config, 6, run_timeout_s=120)
 
 
 WIDE = replace(
