@@ -32,14 +32,14 @@ def times_of(side, *, compute, comm, weights):
     return PairTimes(tuple(per_phase), tuple(per_phase), tuple(parts))
 
 
+def one_layer():
+    """Phases and times of examples that are worked out by hand."""
+    side, weights = phases(1), {"attention": (2.0,), "mlp": (3.0,)}
+    return side, times_of(side, compute={"attention": 2.0, "mlp": 3.0}, comm=4.0, weights=weights)
+
+
 def test_span_of_two_streams_by_hand():
-    side = phases(1)
-    times = times_of(
-        side,
-        compute={"attention": 2.0, "mlp": 3.0},
-        comm=4.0,
-        weights={"attention": (2.0,), "mlp": (3.0,)},
-    )
+    side, times = one_layer()
     # compute:  attention(F) 0-2 | mlp(B) 4-7, mlp(W) 7-10, mlp(F) 10-13 (dispatch(F) ended at 8)
     #           attention(B) 13-15 (dispatch(B) ended at 12), attention(W) 15-17
     # comm:     combine(B) 0-4, dispatch(F) 4-8, dispatch(B) 8-12, combine(F) 13-17
@@ -66,13 +66,7 @@ def test_equal_streams_come_close_to_half_of_serial(layers, speed_up):
 
 
 def test_what_the_first_gap_needs_is_left_to_the_next_pair():
-    side = phases(1)
-    times = times_of(
-        side,
-        compute={"attention": 2.0, "mlp": 3.0},
-        comm=4.0,
-        weights={"attention": (2.0,), "mlp": (3.0,)},
-    )
+    side, times = one_layer()
     # compute:  attention(F) 0-2, mlp(W) of the pair before 2-5, mlp(B) 5-8, mlp(F) 8-11
     #           attention(B) 12-14, attention(W) 14-16
     # comm:     combine(B) 0-4, dispatch(F) 4-8, dispatch(B) 8-12, combine(F) 12-16

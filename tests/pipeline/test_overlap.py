@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
-from dualpipe_ext.pipeline.launch_order import LEFT, Launch, PairTimes, fill_gaps, interleave
+from dualpipe_ext.pipeline.launch_order import LEFT, interleave
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, Phase, run_pair
 from dualpipe_ext.pipeline.pair_orders import PairOrders
 from dualpipe_ext.pipeline.stage import LocalStage, overlap
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore, defer_weight_grads
-
-H = 6
-LAYER = [("attention", "compute"), ("dispatch", "comm"), ("mlp", "compute"), ("combine", "comm")]
+from tests.pipeline.layers import (
+    LAYER,
+    H,
+    Layer,
+    Stack,
+    Told,
+    assert_same_grads,
+    grads_of,
+    leaving_order,
+)
 
 
 def _phases(layers=1, before=(), after=()):
@@ -74,61 +78,6 @@ def test_empty_sides():
     assert {launch.op for launch in interleave([], _phases())} == {"B", "W"}
 
 
-class Layer(nn.Module):
-    """Four phases: a residual passes by, integers and a plain object travel along."""
-
-    def __init__(self, *, checkpointed=False):
-        super().__init__()
-        self.norm, self.attention = nn.LayerNorm(H), nn.Linear(H, H)
-        self.up, self.down = nn.Linear(H, 2 * H), nn.Linear(2 * H, H, bias=False)
-        self.unused = nn.Linear(H, H)
-        self.checkpointed = checkpointed
-
-    def _attention(self, x):
-        y = x + self.attention(self.norm(x)).tanh()
-        order = torch.arange(y.shape[0]).flip(0)
-        return y, self.norm(y), order, "handle"
-
-    def _dispatch(self, y, h, order, handle):
-        assert handle == "handle"
-        # y is returned as it was given, h moves, and a tensor nobody uses is added.
-        return y, h[order], order, handle, h * 3
-
-    def _mlp(self, y, h, order, handle, _):
-        def expert(rows):
-            return self.down(self.up(rows).relu())
-
-        out = checkpoint(expert, h, use_reentrant=False) if self.checkpointed else expert(h)
-        return y, out, order, handle
-
-    def _combine(self, y, out, order, _):
-        return (y + torch.zeros_like(out).index_add(0, order, out),)
-
-    def phases(self):
-        fns = (self._attention, self._dispatch, self._mlp, self._combine)
-        return [Phase(name, stream, fn) for (name, stream), fn in zip(LAYER, fns, strict=True)]
-
-    def forward(self, x):
-        state = (x,)
-        for phase in self.phases():
-            state = phase.fn(*state)
-        return state[0]
-
-
-class Stack(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def phases(self):
-        return [phase for layer in self.layers for phase in layer.phases()]
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def _graph(module, x, *, store=None, record=None, key=0):
     return ChunkGraph(
         module.phases(),
@@ -138,22 +87,6 @@ def _graph(module, x, *, store=None, record=None, key=0):
         store=store or WeightGradStore(),
         key=key,
     )
-
-
-def _grads(module):
-    return {name: p.grad for name, p in module.named_parameters()}
-
-
-def _assert_same_grads(a, b, exact):
-    assert a.keys() == b.keys()
-    for name, grad in a.items():
-        assert (grad is None) == (b[name] is None), name
-        if grad is None:
-            continue
-        if exact:
-            assert torch.equal(grad, b[name]), name
-        else:
-            torch.testing.assert_close(grad, b[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -176,7 +109,7 @@ def test_phases_equal_the_module(checkpointed):
     graph.backward(defer=False)
     (input_grad,) = graph.take_input_grads()
     torch.testing.assert_close(input_grad, leaf.grad, rtol=1e-12, atol=1e-12)
-    _assert_same_grads(_grads(module), _grads(plain), exact=False)
+    assert_same_grads(grads_of(module), grads_of(plain), exact=False)
 
 
 @pytest.mark.parametrize(("forward_layers", "backward_layers"), [(1, 1), (2, 1), (1, 3)])
@@ -204,20 +137,11 @@ def test_pair_equals_forward_then_backward(forward_layers, backward_layers, chec
             backward.weights()
         assert len(store) == 0
         (out,), _ = forward.take_outputs()
-        results.append((out, backward.take_input_grads()[0], _grads(modules[1])))
+        results.append((out, backward.take_input_grads()[0], grads_of(modules[1])))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    _assert_same_grads(results[0][2], results[1][2], exact=True)
+    assert_same_grads(results[0][2], results[1][2], exact=True)
     assert launches == _names(first.phases(), second.phases())
-
-
-def _leaving_order(module):
-    """For two layers: an order that leaves weight gradients to the next pair."""
-    one_layer = (1.9, 3.9, 3.3, 3.9)
-    times = PairTimes(2 * one_layer, 2 * one_layer, 2 * ((1.9,), (), (0.9, 1.9), ()))
-    order = fill_gaps(module.phases(), module.phases(), times)
-    assert LEFT in order
-    return order
 
 
 @pytest.mark.parametrize("parts_known", [2, 1, 0])
@@ -227,7 +151,7 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
     plain = defer_weight_grads(Stack(Layer(), Layer()).double())
     module = copy.deepcopy(plain)
     x, grad = torch.randn(5, H).double(), torch.randn(5, H).double()
-    order = [launch for launch in _leaving_order(plain) if launch != LEFT]
+    order = [launch for launch in leaving_order(plain) if launch != LEFT]
     assert any(launch.part == 1 for launch in order)
     order = [launch for launch in order if launch.part is None or launch.part < parts_known]
     monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
@@ -244,143 +168,9 @@ def test_weights_run_where_the_order_has_them(monkeypatch, parts_known):
         else:
             run_pair(forward, backward)
     assert len(store) == 0
-    _assert_same_grads(_grads(module), _grads(plain), exact=True)
+    assert_same_grads(grads_of(module), grads_of(plain), exact=True)
     # attention has one weight that waits, mlp two.
     assert sum(name == "mlp(W)" for name in launches) == (4 if parts_known else 2)
-
-
-class Chain:
-    """Pairs in a row: the forward of each chunk beside the backward of the one before."""
-
-    def __init__(self, module, record):
-        self.module, self.store = module, WeightGradStore()
-        self.launcher = Launcher(torch.device("cpu"), record)
-        self.waiting = None
-
-    def begin(self, number):
-        torch.manual_seed(number)
-        self.grad = torch.randn(5, H).double()
-        return ChunkGraph(
-            self.module.phases(),
-            (torch.randn(5, H).double(),),
-            (True,),
-            launcher=self.launcher,
-            store=self.store,
-            key=number,
-        )
-
-    def first(self):
-        self.waiting = self.begin(0)
-        self.waiting.forward()
-        self.waiting.take_outputs()
-
-    def backward_of_last(self):
-        self.waiting.start_backward([self.grad])
-        self.waiting.backward(defer=True)
-        self.waiting.weights()
-
-    def pair(self, number, *, overlapped):
-        graph = self.begin(number)
-        self.waiting.start_backward([self.grad])
-        if overlapped:
-            run_pair(graph, self.waiting)
-        else:
-            graph.forward()
-            self.waiting.backward(defer=True)
-            self.waiting.weights()
-        graph.take_outputs()
-        self.waiting.take_input_grads()
-        self.waiting = graph
-
-
-def _chains(monkeypatch, *, num_pairs=3, orders=None):
-    """One that runs serially, and one in pairs that leave weight gradients to each other."""
-    torch.manual_seed(0)
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
-    orders = orders or [_leaving_order(module)] * num_pairs
-    given = iter(orders)
-    monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (next(given), None))
-    launches = []
-    chains = [Chain(copy.deepcopy(module), launches.append) for _ in range(2)]
-    for chain in chains:
-        chain.first()
-        launches.clear()
-        for number in range(num_pairs):
-            chain.pair(number + 1, overlapped=chain is chains[1])
-    return *chains, launches
-
-
-def test_weight_gradients_are_left_to_the_next_pair(monkeypatch):
-    serial, paired, launches = _chains(monkeypatch)
-    module = serial.module
-    order = _leaving_order(module)
-    weights = [Launch("W", i, p) for i, num in ((6, 2), (4, 1), (2, 2), (0, 1)) for p in range(num)]
-    left = [w for w in weights if w not in order]
-    place = order.index(LEFT)
-    phases = module.phases()
-
-    def names(of):
-        return [f"{phases[launch.index].name}({launch.op})" for launch in of]
-
-    ahead, behind = names(order[:place]), names(order[place + 1 :])
-    assert launches == [*ahead, *behind, *(2 * [*ahead, *names(left), *behind])]
-    assert len(paired.store) > 0
-    paired.launcher.settle()
-    assert len(paired.store) == 0
-    # Also the order in which gradients are added up is that of the chunks.
-    _assert_same_grads(_grads(paired.module), _grads(module), exact=True)
-
-
-@pytest.mark.parametrize("then", ["backward", "forward", "weights", "pair"])
-def test_what_follows_first_catches_up(monkeypatch, then):
-    torch.manual_seed(0)
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
-    leaving, plain = _leaving_order(module), interleave(module.phases(), module.phases())
-    serial, paired, launches = _chains(monkeypatch, num_pairs=1, orders=[leaving, plain])
-    assert len(paired.store) > 0
-    for chain in (serial, paired):
-        launches.clear()
-        if then == "forward":
-            chain.begin(7).forward()
-        elif then == "pair":
-            chain.pair(2, overlapped=chain is paired)
-        elif then == "weights":
-            chain.begin(7).weights()
-        else:
-            chain.backward_of_last()
-    assert launches[0].endswith("(W)")
-    assert len(paired.store) == 0
-    _assert_same_grads(_grads(paired.module), _grads(serial.module), exact=True)
-
-
-def test_a_step_that_fails_leaves_nothing(monkeypatch):
-    _, paired, launches = _chains(monkeypatch, num_pairs=1)
-    launches.clear()
-    paired.launcher.forget_left()
-    paired.launcher.settle()
-    assert launches == []
-
-
-class Told:
-    """A partition that writes down what it is told."""
-
-    comm_sms = 24
-
-    def __init__(self):
-        self.now = []
-        self.follow = lambda follower: setattr(self, "set", follower)
-
-    @contextmanager
-    def _inside(self, name):
-        self.now.append(name)
-        yield
-        assert self.now.pop() == name
-
-    def step(self):
-        return self._inside("step")
-
-    def beside(self):
-        return self._inside("beside")
 
 
 def test_only_pairs_run_beside_communication():
@@ -407,26 +197,6 @@ def test_only_pairs_run_beside_communication():
     graphs[1].backward(defer=True)
     graphs[1].weights()
     assert set(places) == {()}
-
-
-def test_what_pairs_leave_runs_as_if_beside_communication(monkeypatch):
-    torch.manual_seed(0)
-    told, places = Told(), []
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
-    order = _leaving_order(module)
-    monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
-    chain = Chain(module, None)
-    chain.launcher = Launcher(
-        torch.device("cpu"), lambda name: places.append((name[-3:], *told.now)), told
-    )
-    chain.first()
-    chain.pair(1, overlapped=True)
-    places.clear()
-    chain.backward_of_last()
-    ahead = places[: places.index(("(B)",))]
-    assert ahead
-    assert set(ahead) == {("(W)", "beside")}
-    assert set(places[len(ahead) :]) == {("(B)",), ("(W)",)}
 
 
 def test_launch_orders_belong_to_a_number_of_sms():
@@ -485,7 +255,7 @@ def test_input_only_backward_then_weights():
         *("combine(B)", "mlp(B)", "dispatch(B)", "attention(B)"),
         *("mlp(W)", "attention(W)"),
     ]
-    _assert_same_grads(_grads(module), _grads(plain), exact=True)
+    assert_same_grads(grads_of(module), grads_of(plain), exact=True)
 
 
 def test_no_gradient_to_pass_back():
@@ -498,7 +268,7 @@ def test_no_gradient_to_pass_back():
     graph.start_backward([None])
     graph.backward(defer=True)
     assert graph.take_input_grads() == [None]
-    assert all(grad is None for grad in _grads(module).values())
+    assert all(grad is None for grad in grads_of(module).values())
 
     graph = ChunkGraph(
         module.phases(),
