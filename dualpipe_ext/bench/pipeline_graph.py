@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,16 +36,16 @@ def captured(start: Call, call: Call, stop: Call, pool: Any) -> Series:
         Exception: what one of them, or CUDA, has against being captured.
     """
 
-    def begin(times: int) -> None:
-        start()
-        for _ in range(times):
-            call()
+    row = Series.of(call, NUM_CALLS, num_lead=NUM_LEAD)
 
-    begin(1)  # what is loaded or allocated once
+    def begin() -> None:
+        start()
+        row.lead()
+
+    begin()  # what is loaded or allocated once
     stop()
     on = {"pool": pool, "stream": torch.cuda.current_stream()}
-    lead = timing.captured(partial(begin, NUM_LEAD), **on)
-    body = timing.captured(Series.of(call, NUM_CALLS).body, **on)
+    lead, body = (timing.captured(part, **on) for part in (begin, row.body))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a graph without nodes: there may be nothing to run
         # Into a graph that nobody replays, for what it would read is not there.

@@ -59,11 +59,15 @@ class PairTimes:
     weight_of: Mapping[Launch, Hashable] = field(default_factory=dict)
 
     def of(self, launch: Launch) -> float:
-        """Seconds of a launch of this pair."""
+        """Seconds of a launch."""
         if launch.op != "W":
             return (self.forward if launch.op == "F" else self.backward)[launch.index]
         parts = self.weights[launch.index]
         return sum(parts) if launch.part is None else parts[launch.part]
+
+    def pieces(self, index: int) -> list[Launch]:
+        """The deferred weight gradients of phase ``index``, one by one."""
+        return [Launch("W", index, part) for part in range(len(self.weights[index]))]
 
 
 def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Launch]:
@@ -176,10 +180,10 @@ def _not_in(order: Sequence[Launch], times: PairTimes) -> list[Launch]:
     """The weight gradients, one by one, that the order does not name."""
     named = set(order)
     return [
-        Launch("W", index, part)
-        for index, parts in enumerate(times.weights)
-        for part in range(len(parts))
-        if not named & {Launch("W", index, part), Launch("W", index)}
+        piece
+        for index in range(len(times.weights))
+        for piece in times.pieces(index)
+        if not named & {piece, Launch("W", index)}
     ]
 
 
@@ -254,9 +258,7 @@ def _fill(
             run(longest)
         run(launch)
         if launch.op == "B" and computes:
-            parts = range(len(times.weights[launch.index]))
-            found = (Launch("W", launch.index, part) for part in parts)
-            owed += [w for w in found if w not in left]
+            owed += [w for w in times.pieces(launch.index) if w not in left]
     run_left()
     for launch in owed:
         run(launch)
@@ -286,9 +288,8 @@ def _what_to_leave(
     num = Counter(times.weight_of.values())
     pool: list[Launch] = []
     seen: set[frozenset[Launch]] = set()
-    for index, parts in enumerate(times.weights):  # a backward ends with the first phase
-        found = [Launch("W", index, part) for part in range(len(parts))]
-        pool += [w for w in found if num[times.weight_of.get(w)] <= 1]
+    for index in range(len(times.weights)):  # a backward ends with the first phase
+        pool += [w for w in times.pieces(index) if num[times.weight_of.get(w)] <= 1]
         for overhang in _OVERHANGS:
             among, left, rest = [*pool], set(), room
             while rest > 0 and (longest := _longest(among, times, rest, overhang)) is not None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.pipeline.launch_order import LEFT, PairTimes, fill_gaps
 from dualpipe_ext.pipeline.overlap import Phase
+from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
 
 H = 6
 LAYER = [("attention", "compute"), ("dispatch", "comm"), ("mlp", "compute"), ("combine", "comm")]
@@ -68,6 +69,11 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return defer_weight_grads(Stack(Layer(), Layer()).double())
 
 
 def grads_of(module):

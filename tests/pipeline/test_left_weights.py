@@ -10,24 +10,16 @@ import torch
 from dualpipe_ext.pipeline.launch_order import LEFT, Launch, interleave
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
 from dualpipe_ext.pipeline.pair_orders import PairOrders
-from dualpipe_ext.pipeline.weight_grad import WeightGradStore, defer_weight_grads
-from tests.pipeline.layers import (
-    H,
-    Layer,
-    Stack,
-    Told,
-    assert_same_grads,
-    grads_of,
-    leaving_order,
-)
+from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from tests.pipeline.layers import H, Told, assert_same_grads, grads_of, leaving_order, two_layers
 
 
 class Chain:
     """Pairs in a row: the forward of each chunk beside the backward of the one before."""
 
-    def __init__(self, module, record):
+    def __init__(self, module, record, partition=None):
         self.module, self.store = module, WeightGradStore()
-        self.launcher = Launcher(torch.device("cpu"), record)
+        self.launcher = Launcher(torch.device("cpu"), record, partition)
         self.waiting = None
 
     def begin(self, number):
@@ -68,8 +60,7 @@ class Chain:
 
 def _chains(monkeypatch, *, num_pairs=3, orders=None):
     """One that runs serially, and one in pairs that leave weight gradients to each other."""
-    torch.manual_seed(0)
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    module = two_layers()
     orders = orders or [leaving_order(module)] * num_pairs
     given = iter(orders)
     monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (next(given), None))
@@ -106,8 +97,7 @@ def test_weight_gradients_are_left_to_the_next_pair(monkeypatch):
 
 @pytest.mark.parametrize("then", ["backward", "forward", "weights", "pair"])
 def test_what_follows_first_catches_up(monkeypatch, then):
-    torch.manual_seed(0)
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    module = two_layers()
     leaving, plain = leaving_order(module), interleave(module.phases(), module.phases())
     serial, paired, launches = _chains(monkeypatch, num_pairs=1, orders=[leaving, plain])
     assert len(paired.store) > 0
@@ -135,15 +125,10 @@ def test_a_step_that_fails_leaves_nothing(monkeypatch):
 
 
 def test_what_pairs_leave_runs_as_if_beside_communication(monkeypatch):
-    torch.manual_seed(0)
-    told, places = Told(), []
-    module = defer_weight_grads(Stack(Layer(), Layer()).double())
+    told, places, module = Told(), [], two_layers()
     order = leaving_order(module)
     monkeypatch.setattr(PairOrders, "begin", lambda *_, **how: (order, None))
-    chain = Chain(module, None)
-    chain.launcher = Launcher(
-        torch.device("cpu"), lambda name: places.append((name[-3:], *told.now)), told
-    )
+    chain = Chain(module, lambda name: places.append((name[-3:], *told.now)), told)
     chain.first()
     chain.pair(1, overlapped=True)
     places.clear()
