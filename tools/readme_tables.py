@@ -281,10 +281,17 @@ def _steps_of(rows: Sequence[Row]) -> str:
 
 
 def memory() -> str:
-    """What each memory level saves and costs."""
-    rows = rows_of("memory", ("ranks", "layers", "tokens", "hidden", "experts", "memory_level"))
+    """What each memory level saves and costs; by ranks."""
+    sizes = ("ranks", "layers", "tokens", "hidden", "experts")
+    rows = rows_of("memory", (*sizes, "memory_level"))
+    return "\n".join(_memory_of(group) for group in _by(rows, *sizes))
+
+
+def _memory_of(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    gpus = "one GPU" if first["ranks"] == "1" else f"{first['ranks']} GPUs"
     columns = {
-        "memory level": lambda row: row["memory_level"],
+        f"memory level, {gpus}": lambda row: row["memory_level"],
         "MiB kept": number("kept_mib", ",.0f"),
         "of level 0": percent("kept_over_level_0"),
         "MiB at the peak": number("peak_mib", ",.0f"),
@@ -293,11 +300,10 @@ def memory() -> str:
         "time of level 0": percent("step_over_level_0"),
         "largest error of a gradient": percent("gradient_error_max"),
     }
-    first = rows[0]
     return (
         f"{markdown(rows, columns)}\n"
         f"*Of a micro-batch of {first['tokens']} tokens through {first['layers']} layers with "
-        f"{first['experts']} experts on {first['ranks']} GPUs, {first['in_flight']} in flight. On "
+        f"{first['experts']} experts on {gpus}, {first['in_flight']} in flight. On "
         f"{source(rows)}*\n"
     )
 
