@@ -145,6 +145,14 @@ class Arguments:
             rich_help_panel=_PARALLEL,
         ),
     ] = 50
+    uneven_replicas: Annotated[
+        bool,
+        typer.Option(
+            "--uneven-replicas/--even-replicas",
+            help="Share an expert's tokens out over its replicas by the loads of the step before.",
+            rich_help_panel=_PARALLEL,
+        ),
+    ] = True
     spare_mib: Annotated[
         int,
         typer.Option(
@@ -234,6 +242,7 @@ def _config(given: Arguments) -> TrainConfig:
         warmup=min(20, given.steps // 4),
         redundant_experts=given_or(given.redundant_experts, 2 * ep),
         rebalance_every=given.rebalance_every,
+        uneven_replicas=given.uneven_replicas,
         spare_bytes=given.spare_mib << 20,
         transport=env.read("DUALPIPE_TRANSPORT") if transport == "auto" else transport,
         stage_transport=given.stage_transport,

@@ -41,6 +41,8 @@ class TrainConfig:
         redundant_experts: slots beyond one per expert, filled with replicas of loaded experts.
         rebalance_every: steps between re-plannings of the experts' placement; 0 for never. Experts
             move if that pays (``costs.py``).
+        uneven_replicas: whether replicas share their expert's tokens by the loads of the step
+            before rather than evenly. Nothing moves for it.
         spare_bytes: memory on each rank for experts on their way to it. A rebalancing that needs
             more takes several steps; one layer always gets what it needs.
         transport: how tokens reach their experts; "auto" takes the fastest this machine has.
@@ -73,6 +75,7 @@ class TrainConfig:
     bias_rate: float = 1e-3
     redundant_experts: int = 0
     rebalance_every: int = 0
+    uneven_replicas: bool = False
     spare_bytes: int = DEFAULT_SPARE_BYTES
     transport: str = "auto"
     stage_transport: str = "auto"
@@ -168,7 +171,7 @@ class TrainConfig:
         """What a checkpoint must agree on to be resumed bit for bit."""
         # A run may be prolonged (which stretches its learning-rate schedule) or moved to another
         # transport or memory level; everything else decides what is in the checkpoint.
-        free = {"steps", "warmup", "timeout_s", "rebalance_every", "spare_bytes"}
+        free = {"steps", "warmup", "timeout_s", "rebalance_every", "uneven_replicas", "spare_bytes"}
         free |= {"transport", "stage_transport", "comm_sms", "sm_means"}
         layout = {k: v for k, v in asdict(self).items() if k not in free}
         del layout["model"]["memory_level"]

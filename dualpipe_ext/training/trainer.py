@@ -202,6 +202,7 @@ class Trainer:
         verdict = None
         if config.rebalance_every and self.steps_done % config.rebalance_every == 0:
             verdict = self.balancer.plan()
+        self.balancer.weigh_replicas()
         self.balancer.start_moves()
         report = StepReport(
             step=self.steps_done,

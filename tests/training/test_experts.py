@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.eplb import transfer
+from dualpipe_ext.eplb import plan_placement, split_replicas, transfer
 from dualpipe_ext.eplb.migrator import DEFAULT_SPARE_BYTES
 from dualpipe_ext.errors import DualPipeError, WorkerFailedError
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.training import TrainConfig, Trainer
+from dualpipe_ext.training.costs import expert_seconds
 from tests.training.test_trainer import CONFIG, ONE, TEXT, drift
 
 MOVING = replace(CONFIG, redundant_experts=4, rebalance_every=2)
@@ -88,6 +89,13 @@ def test_experts_move_and_replicas_stay_equal(changes) -> None:
     assert sum(sum(seen["moved"]) for seen in results) > 0
 
 
+def balances_and_losses(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
+    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    reports = [drift(trainer).step() for _ in range(steps)]
+    trainer.close()
+    return [r.balance for r in reports], [r.loss for r in reports]
+
+
 @pytest.mark.parametrize("spare_bytes", [0, DEFAULT_SPARE_BYTES])
 def test_losses_are_those_of_one_process_without_replicas(spare_bytes: int) -> None:
     (one,) = run_ranks(watch_a_run, 1, ONE, 9, run_timeout_s=120)
@@ -95,6 +103,43 @@ def test_losses_are_those_of_one_process_without_replicas(spare_bytes: int) -> N
     for seen in run_ranks(watch_a_run, 4, config, 9, run_timeout_s=120):
         assert seen["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert sum(seen["moved"]) > 0
+
+
+def reckoned_saving(config: TrainConfig, steps: int) -> tuple[float, float]:
+    """What the balancer says that a plan saves after some steps, and what it should say."""
+    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    for _ in range(steps):
+        drift(trainer).step()
+    balancer, ranks = trainer.balancer, config.ep
+    for layer in balancer.layers:
+        assert torch.equal(layer.module.replica_split, balancer.split.shares[layer.index])
+    loads, current = balancer.monitor.local_loads(), balancer.placement
+    new = plan_placement(loads, config.num_slots, ranks, current=current).placement
+    said = balancer.plan().saved_s
+    trainer.close()
+    before, after = (split_replicas(loads, at, ranks).after.double() for at in (current, new))
+    saved = (1 / before - 1 / after).mean().item() * expert_seconds(config, "cpu")
+    return said, saved * config.rebalance_every
+
+
+def test_moves_are_reckoned_between_placements_with_uneven_replicas() -> None:
+    config = replace(CONFIG, redundant_experts=4, rebalance_every=10, uneven_replicas=True)
+    for said, saved in run_ranks(reckoned_saving, 4, config, 5, run_timeout_s=120):
+        assert said == pytest.approx(saved)
+
+
+def test_uneven_replicas_follow_the_loads_where_nothing_moves() -> None:
+    config = replace(CONFIG, redundant_experts=4)
+    uneven = replace(config, uneven_replicas=True)
+    even, uneven, one = (
+        run_ranks(balances_and_losses, run.pp * run.ep, run, 9, run_timeout_s=120)
+        for run in (config, uneven, ONE)
+    )
+    assert all(seen == uneven[0] for seen in uneven)
+    # Other experts become busy at steps 0, 3 and 6: what is known of the step before is of no use.
+    for step in (1, 2, 4, 5, 7, 8):
+        assert uneven[0][0][step] > even[0][0][step] + 0.02
+    assert uneven[0][1] == pytest.approx(one[0][1], abs=1e-4)
 
 
 def test_a_small_budget_spreads_a_rebalancing_over_steps() -> None:

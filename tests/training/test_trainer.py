@@ -62,6 +62,7 @@ def test_loss_falls(one_process):
         {},
         {"redundant_experts": 4},
         {"redundant_experts": 4, "rebalance_every": 3},
+        {"redundant_experts": 4, "rebalance_every": 3, "uneven_replicas": True},
         {"rebalance_every": 4},
         # Room for one layer at a time: a rebalancing takes several steps.
         {"redundant_experts": 4, "rebalance_every": 2, "spare_bytes": 0},
@@ -144,15 +145,17 @@ def resume_in_the_middle(config: TrainConfig, split: int, steps: int) -> list[tu
 
 
 @pytest.mark.parametrize(
-    ("split", "steps", "spare_bytes"),
+    ("split", "steps", "spare_bytes", "uneven"),
     [
-        (4, 8, DEFAULT_SPARE_BYTES),
-        (3, 5, DEFAULT_SPARE_BYTES),  # just after the plan: all is on its way
-        (4, 5, 0),  # one layer of each rank has switched, the other is on its way
+        (4, 8, DEFAULT_SPARE_BYTES, False),
+        (3, 5, DEFAULT_SPARE_BYTES, False),  # just after the plan: all is on its way
+        (4, 5, 0, False),  # one layer of each rank has switched, the other is on its way
+        (4, 5, 0, True),
     ],
 )
-def test_a_resumed_trainer_repeats_the_run_bit_for_bit(split, steps, spare_bytes):
+def test_a_resumed_trainer_repeats_the_run_bit_for_bit(split, steps, spare_bytes, uneven):
     config = replace(CONFIG, redundant_experts=4, rebalance_every=3, spare_bytes=spare_bytes)
+    config = replace(config, uneven_replicas=uneven)
     results = run_ranks(resume_in_the_middle, 4, config, split, steps, run_timeout_s=120)
     for expected, resumed in results:
         assert expected == resumed
