@@ -215,7 +215,7 @@ def pairs() -> str:
     """The overlapped pair, on the link as it is and throttled; by sizes."""
     sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
     shape = (*sizes, "transport", "num_sms", "sm_means", "graphs")
-    rows = rows_of("pipeline", (*shape, "part"), lambda row: row["repeats"] in _ONE)
+    rows = rows_of("pipeline", (*shape, "part"), lambda row: row["slow_link"])
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
 
@@ -226,8 +226,7 @@ def _pairs_of(rows: Sequence[Row]) -> str:
         sms = f", {packs}{row['num_sms']} SMs" if row["num_sms"] else ""
         told = f", {row['sm_means']}" if row["sm_means"] != "none" else ""
         told += ", as graphs" if row["graphs"] == "True" else ""
-        slower = "" if row["repeats"] in _ONE else f", link {float(row['repeats']):.0f}x slower"
-        return f"{row['transport']}{sms}{told}{slower}"
+        return f"{row['transport']}{sms}{told}{_SLOW_LINKS[row['slow_link']](row)}"
 
     first = rows[0]
     columns = {
@@ -308,7 +307,16 @@ def _memory_of(rows: Sequence[Row]) -> str:
     )
 
 
-_ONE = ("", "1.0")
+def _times(row: Row) -> str:
+    return f"{float(row['repeats']):.0f}"
+
+
+_SLOW_LINKS: dict[str, Callable[[Row], str]] = {
+    "": lambda row: "",
+    "calls": lambda row: f", every call {_times(row)} times",
+    "peer": lambda row: f", link {_times(row)}x slower",
+    "host": lambda row: f", slow link: {_times(row)} copies, all but one to the host",
+}
 TABLES = {
     "ep": ep,
     "eplb": eplb,

@@ -178,6 +178,16 @@ void set_repeats(CopyLanes& lanes, double repeats) {
   lanes.repeats = repeats;
 }
 
+void set_detour(CopyLanes& lanes, Address address, uint64_t bytes) {
+  if ((address == 0) != (bytes == 0)) {
+    throw std::invalid_argument("expected host memory and its size, or 0 and 0, got an address " +
+                                std::string(address == 0 ? "0" : "not 0") + " and " +
+                                std::to_string(bytes) + " bytes");
+  }
+  lanes.detour = pointer<uint8_t>(address);
+  lanes.detour_bytes = bytes;
+}
+
 CopyShape copy_shape(const std::vector<uint32_t>& ends, bool in_turn, bool together,
                      uint32_t staging_slab, const Tuning& pack, uint32_t pack_ctas,
                      const Tuning& take, uint32_t take_ctas) {
@@ -323,7 +333,9 @@ void bind_calls(py::module_& m) {
 void bind_copies(py::module_& m) {
   py::class_<CopyLanes>(m, "CopyLanes")
       .def(py::init(&copy_lanes), py::arg("num_ranks"))
-      .def_property("repeats", [](const CopyLanes& lanes) { return lanes.repeats; }, &set_repeats);
+      .def_property(
+          "repeats", [](const CopyLanes& lanes) { return lanes.repeats; }, &set_repeats)
+      .def("set_detour", &set_detour, py::arg("address"), py::arg("bytes"));
   py::class_<CopyCall>(m, "CopyCall")
       .def(py::init([](std::vector<uint32_t> sends, std::vector<uint32_t> receives) {
              return CopyCall{std::move(sends), std::move(receives)};

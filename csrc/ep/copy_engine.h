@@ -38,6 +38,10 @@ class CopyLanes {
   // How often rows are copied: with 2.5 all of them twice and the first half once more. A link that
   // takes as many times as long, for measurements.
   double repeats = 1.0;
+  // Host memory where copies after the first go, as slowly as a network adapter would read them: so
+  // they take little of the memory rate that kernels have. Null: over the link again.
+  uint8_t* detour = nullptr;
+  uint64_t detour_bytes = 0;
 
  private:
   std::vector<cudaStream_t> lanes_;

@@ -24,6 +24,12 @@ from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.handle import Handle
 from dualpipe_ext.ep.transport import Rows
 
+SLOW_LINKS = ("host", "peer")
+"""Where copies go that make a copy engine's link slower: to the host, through PCIe, at the rate of
+a network adapter, or to the peer again, which takes as much of the memory's rate as a fast link,
+for as long as a slow one."""
+_DETOUR_BYTES = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:
@@ -47,14 +53,20 @@ class Recording:
 class Link:
     """Every dispatch and combine of ``buffer`` goes through it from now on, gradients included.
 
+    Args:
+        buffer: whose link it is.
+        slow_link: what ``repeats`` repeats where copy engines drive the link, of
+            :data:`SLOW_LINKS`.
+
     Attributes:
         repeats: how often each dispatch and combine is made. Between whole numbers, some calls are
             made once more than others: 2.5 is 2, 3, 2, 3, ... times. The results are those of the
             last time. The same on all ranks. Where copy engines drive the link, only their copies
-            are repeated, as if it were that much slower: what packs and unpacks runs once.
+            are repeated, as if it were slower: what packs and unpacks runs once.
+        slow_link: what is repeated: "host" and "peer" as in :data:`SLOW_LINKS`, or "calls".
     """
 
-    def __init__(self, buffer: Buffer) -> None:
+    def __init__(self, buffer: Buffer, *, slow_link: str = "peer") -> None:
         self._transport = transport = buffer._transport
         self._repeats = 1.0
         self._config = transport.config
@@ -65,6 +77,9 @@ class Link:
             self._dispatch,
             self._combine,
         )
+        self.slow_link = slow_link if self._repeats_copies() else "calls"
+        if self.slow_link == "host":
+            transport.link_detour = torch.empty(_DETOUR_BYTES, dtype=torch.uint8, pin_memory=True)
         self._num_calls = 0
         self._pool = _Pool()
         self._recording: Recording | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dualpipe_ext.bench.link import SLOW_LINKS
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.pipeline.connections import TRANSPORTS
 from dualpipe_ext.pipeline.plan import KINDS, build_plan
@@ -40,6 +41,8 @@ class PipelineOptions:
         sm_means: how compute beside them is told, of :data:`dualpipe_ext.sms.MEANS`; the pair is
             measured with each.
         throttle: measure the pair also with communication as long as compute.
+        slow_link: what is repeated for that where copy engines drive the link, of
+            :data:`~dualpipe_ext.bench.link.SLOW_LINKS`.
         graphs: measure all forms of the pair as CUDA graphs.
         schedules: of the steps.
         ep: expert-parallel ranks of the steps; the others are pipeline ranks.
@@ -71,6 +74,7 @@ class PipelineOptions:
     calls: int
     sm_means: tuple[str, ...] = (DEFAULT_MEANS,)
     pack_sms: tuple[int, ...] = ()
+    slow_link: str = SLOW_LINKS[0]
     graphs: bool = False
     stage_transport: str = "auto"
     peak_tflops: float = PEAK_TFLOPS
@@ -101,6 +105,10 @@ class PipelineOptions:
         for means in self.sm_means or ("nothing",):
             if means not in MEANS:
                 raise ValueError(f"expected --sm-means of {', '.join(MEANS)}, got {means!r}")
+        if self.slow_link not in SLOW_LINKS:
+            raise ValueError(
+                f"expected --slow-link of {', '.join(SLOW_LINKS)}, got {self.slow_link!r}"
+            )
         if "pair" in self.parts and self.model.num_experts % num_ranks:
             raise ValueError(
                 f"expected --experts to be a multiple of {num_ranks} ranks, "
@@ -200,6 +208,8 @@ class PipelineRow:
     """Whether all forms ran as CUDA graphs."""
     repeats: float | None = None
     """How often each dispatch and combine is made; 1 is the link as it is."""
+    slow_link: str | None = None
+    """What is repeated: "calls", or copies to the "peer" or to the "host"; None: nothing."""
     compute_ms: float | None = None
     """Forward and backward with communication taken out."""
     comm_ms: float | None = None

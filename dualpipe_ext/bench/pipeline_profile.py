@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.timing import Call, Series
 from dualpipe_ext.profiling.capture import trace_from
 from dualpipe_ext.profiling.report import OverlapReport
-from dualpipe_ext.profiling.trace import Trace
+from dualpipe_ext.profiling.trace import COMM_PATTERNS, Trace
 
 # In a row, after some that are not looked at: the first begins with nothing to hide behind, and its
 # rank perhaps earlier than the others, for whom it waits then.
@@ -59,7 +60,12 @@ class PhaseNotes:
             self._open = None
 
 
-def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace:
+def trace_of(
+    call: Call,
+    ranks: Ranks,
+    notes: PhaseNotes | None = None,
+    comm: Sequence[str] = COMM_PATTERNS,
+) -> Trace:
     """What ran on this rank's GPU during some calls in a row, which all ranks begin together."""
     series = Series.of(call, NUM_CALLS, num_lead=NUM_LEAD)
     ranks.gather_object(None)  # whoever had a problem before communicates no more
@@ -77,7 +83,7 @@ def trace_of(call: Call, ranks: Ranks, notes: PhaseNotes | None = None) -> Trace
             if notes is not None:
                 notes.stop()
         time.sleep(_APART_S)
-    return trace_from(profiler, within_calls)
+    return trace_from(profiler, within_calls, comm)
 
 
 def within_calls(document: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.profiling.picture import draw_overlap
 from dualpipe_ext.profiling.report import analyze
+from dualpipe_ext.profiling.trace import COMM_PATTERNS
 from dualpipe_ext.sms import SMPartition
 from dualpipe_ext.sms.means import depends_on_number
 
@@ -164,6 +165,7 @@ class _Pairs:
     def _measure(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         times = self._ranks.together(bench.measure)
         row.repeats = round(bench.link.repeats, 4)
+        row.slow_link = None if row.repeats == 1 else bench.link.slow_link
         row.compute_ms, row.comm_ms = (
             round(median(times[form]), 4) for form in ("compute", "comm")
         )
@@ -181,7 +183,8 @@ class _Pairs:
     def _profile(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         calls = bench.calls()
         alone = analyze(pipeline_profile.trace_of(calls["compute"], self._ranks))
-        trace = pipeline_profile.trace_of(calls["pair"], self._ranks, notes)
+        comm = (*COMM_PATTERNS, *(("Memcpy DtoH",) if row.slow_link == "host" else ()))
+        trace = pipeline_profile.trace_of(calls["pair"], self._ranks, notes, comm)
         report = analyze(trace)
         slower = pipeline_profile.slow_down(report, alone)
         worst = self._ranks.maxima([-report.hidden, slower, report.waiting_us, -report.speed_up])

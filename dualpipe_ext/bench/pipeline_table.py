@@ -17,7 +17,7 @@ _Cell = Callable[[Row], object]
 _LEGEND = (
     "compute, comm: alone; gain: serial over pair; limit: pair over the longer of those alone; "
     "hidden: of the communication; slower: compute while something communicates; x17: every "
-    "dispatch and combine made 17 times."
+    "dispatch and combine made 17 times, host: 16 of them into the memory of the host."
 )
 
 
@@ -63,7 +63,10 @@ def _label(row: Row) -> str:
 
 
 def _repeated(row: Row) -> str:
-    return _label(row) if row["repeats"] == 1 else f"{_label(row)} x{row['repeats']:.3g}"
+    if row["slow_link"] is None:
+        return _label(row)
+    where = " host" if row["slow_link"] == "host" else ""
+    return f"{_label(row)} x{row['repeats']:.3g}{where}"
 
 
 def _ms(name: str) -> _Cell:

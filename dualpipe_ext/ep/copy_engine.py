@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dualpipe_ext.ep import kernel_calls, tuning
@@ -51,6 +52,7 @@ class CopyEngineTransport(PeerTransport):
             self.num_sms, self._expert_sms = map(self.within_gpu, (default, 2 * default))
         self._lanes = self.core.CopyLanes(config.num_ranks)
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
+        self._detour: Tensor | None = None
         self.part_ends: tuple[int, ...] | None = None
         """Hook of tests and benchmarks: parts in which segments travel, whatever their size."""
         self.in_turn = several
@@ -69,6 +71,25 @@ class CopyEngineTransport(PeerTransport):
     @link_repeats.setter
     def link_repeats(self, repeats: float) -> None:
         self._lanes.repeats = repeats
+
+    @property
+    def link_detour(self) -> Tensor | None:
+        """Hook of benchmarks: pinned host memory, uint8, that takes the copies of ``link_repeats``
+        after the first, none of which anybody reads; ``None``: they cross the link again.
+
+        A network adapter reads rows over PCIe as well. Copies over NVLink in their place would
+        take eight times as much of the memory's rate for as long a time."""
+        return self._detour
+
+    @link_detour.setter
+    def link_detour(self, memory: Tensor | None) -> None:
+        if memory is None:
+            self._lanes.set_detour(address=0, bytes=0)
+        elif memory.dtype != torch.uint8 or not memory.is_pinned():
+            raise ValueError(f"expected pinned memory of uint8, got {memory.dtype}")
+        else:
+            self._lanes.set_detour(address=memory.data_ptr(), bytes=memory.numel())
+        self._detour = memory  # kept alive
 
     def dispatch(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,18 +12,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dualpipe_ext.profiling.report import OverlapReport, analyze
-from dualpipe_ext.profiling.trace import Trace, read_trace
+from dualpipe_ext.profiling.trace import COMM_PATTERNS, Trace, read_trace
 
 T = TypeVar("T")
 Document = dict[str, Any]
 
 
-def trace_from(profiler: profile, cut: Callable[[Document], Document] | None = None) -> Trace:
+def trace_from(
+    profiler: profile,
+    cut: Callable[[Document], Document] | None = None,
+    comm: Sequence[str] = COMM_PATTERNS,
+) -> Trace:
     """What a profiler that has stopped saw of this process' GPU.
 
     Args:
         profiler: with CUDA among its activities.
         cut: changes the Chrome trace before it is read.
+        comm: patterns of what communicates.
 
     Raises:
         ValueError: it saw nothing on a GPU.
@@ -33,7 +38,7 @@ def trace_from(profiler: profile, cut: Callable[[Document], Document] | None = N
         profiler.export_chrome_trace(str(path))
         if cut is not None:
             path.write_text(json.dumps(cut(json.loads(path.read_text()))))
-        return read_trace(path)
+        return read_trace(path, comm=comm)
 
 
 def overlap_of(step: Callable[[], T]) -> tuple[T, OverlapReport | None]:

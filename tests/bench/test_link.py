@@ -55,6 +55,11 @@ def test_repeats_move_more_and_change_nothing(counted, repeats, calls):
     assert sum(moved.values()) == calls
 
 
+def test_only_copy_engines_are_slowed_by_their_copies(counted):
+    buffer, _ = counted
+    assert Link(buffer, slow_link="host").slow_link == "calls"
+
+
 def test_a_recording_makes_the_same_calls_again(counted):
     buffer, moved = counted
     link = Link(buffer)

@@ -23,6 +23,7 @@ from tests.bench.pipeline_runs import MODEL, OPTIONS
         (2, {"seq_len": 5}, "--seq-len to divide --tokens 16, got 5"),
         (2, {"peak_tflops": 0.0}, "--peak-tflops above 0, got 0"),
         (2, {"pack_sms": (32, 0)}, "--pack-sms of at least 1, got 0"),
+        (2, {"slow_link": "rope"}, "--slow-link of host, peer, got 'rope'"),
         (2, {"parts": ()}, "--parts of pair, steps, got 'nothing'"),
         (3, {}, "--experts to be a multiple of 3 ranks, got 4"),
         (2, {"ep": 3}, "--ep to divide 2 ranks, got 3"),

@@ -448,28 +448,62 @@ void turns_are_fixed() {
   CHECK(group.run());
 }
 
-// A slower link takes longer for rows: numbers and flags are copied once.
+// Of the copies that have been enqueued on that stream: how many, and how many bytes, to or besides
+// that place.
+struct Found {
+  size_t copies = 0;
+  uint64_t bytes = 0;
+};
+Found found_on(cudaStream_t stream, const void* place, bool there) {
+  Found found;
+  for (const Copy& copy : enqueued_copies) {
+    if (copy.stream != stream || (copy.to == place) != there) continue;
+    ++found.copies;
+    found.bytes += copy.bytes;
+  }
+  return found;
+}
+
+// A slower link takes longer for rows, here or on their way aside: numbers and flags are copied
+// once.
 void rows_are_repeated() {
   const uint32_t ranks = 2 + draw(3), most = 8 + draw(40);
   Group group(ranks, ranks, most);
-  std::vector<size_t> copies;
-  for (const double repeats : {1.0, 2.5}) {
+  std::vector<uint8_t> host(1 + draw(500));
+  std::vector<Found> link, aside;
+  std::vector<size_t> others;
+  struct Slower {
+    double repeats;
+    bool detour;
+  };
+  for (const Slower slower : {Slower{1.0, false}, Slower{2.5, false}, Slower{3.0, true}}) {
     Round round(ranks, most);
     round.known = round.direct = false;  // so all parts are copied, there and back
     round.in_turn = true;                // rows on a stream of their own
     round.parts = kParts[0];
-    for (CopyLanes& each : group.lanes) each.repeats = repeats;
+    for (CopyLanes& each : group.lanes) {
+      each.repeats = slower.repeats;
+      each.detour = slower.detour ? host.data() : nullptr;
+      each.detour_bytes = host.size();
+    }
     enqueued_copies.clear();
     group.enqueue(round);
+    link.push_back(found_on(group.lanes[0].turns(), host.data(), false));
+    aside.push_back(found_on(group.lanes[0].turns(), host.data(), true));
     size_t rows = 0;
-    for (const Copy& copy : enqueued_copies) rows += copy.stream == group.lanes[0].turns();
-    copies.push_back(rows);
-    copies.push_back(enqueued_copies.size() - rows * ranks);
+    for (const CopyLanes& each : group.lanes) {
+      for (const bool there : {false, true}) {
+        rows += found_on(each.turns(), host.data(), there).copies;
+      }
+    }
+    others.push_back(enqueued_copies.size() - rows);
     CHECK(group.run());
     CHECK(round.rows.out == round.rows.want && round.numbers.out == round.numbers.want);
     CHECK(round.rows.y == round.rows.want_y && round.numbers.y == round.numbers.want_y);
   }
-  CHECK(copies[2] == 3 * copies[0] && copies[3] == copies[1]);
+  CHECK(link[1].copies == 3 * link[0].copies && aside[1].copies == 0);
+  CHECK(link[2].copies == link[0].copies && aside[2].bytes == 2 * link[2].bytes);
+  CHECK(others[1] == others[0] && others[2] == others[0]);
 }
 
 }  // namespace

@@ -24,13 +24,19 @@ def test_pairs_over_every_transport():
         assert 0 <= row.hidden_share <= 1
         assert row.comm_ms > 0
     slowed = [row for row in rows if row.repeats > 1]
+    how = {"copy_engine": "host"}
+    assert all(row.slow_link == how.get(row.transport, "calls") for row in slowed)
     assert [(row.transport, row.repeats) for row in slowed if row.hidden_share == 0] == []
     assert slowed
 
 
 def test_pairs_as_graphs():
     options = replace(
-        LONG, parts=("pair",), transports=("nvlink", "copy_engine", "collective"), graphs=True
+        LONG,
+        parts=("pair",),
+        transports=("nvlink", "copy_engine", "collective"),
+        graphs=True,
+        slow_link="peer",
     )
     rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
     *good, collective = rows

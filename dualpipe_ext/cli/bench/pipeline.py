@@ -97,6 +97,14 @@ class Arguments:
             rich_help_panel=WHAT,
         ),
     ] = True
+    slow_link: Annotated[
+        str,
+        typer.Option(
+            help="What copy_engine repeats for that: copies to the host, at the rate of a network "
+            "adapter, or to the peer.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "host"
     graphs: Annotated[
         bool,
         typer.Option(
@@ -245,6 +253,7 @@ def _options(given: Arguments, num_processes: int) -> PipelineOptions:
         pack_sms=() if given.pack_sms is None else read_numbers("--pack-sms", given.pack_sms),
         sm_means=read_words(given_or(given.sm_means, DEFAULT_MEANS)),
         throttle=given.throttle,
+        slow_link=given.slow_link,
         graphs=given.graphs,
         schedules=usual if given.schedules is None else read_words(given.schedules),
         ep=given.ep,

@@ -12,7 +12,12 @@
 #include <vector>
 
 enum cudaError_t { cudaSuccess };
-enum { cudaMemcpyDeviceToDevice, cudaEventDisableTiming, cudaStreamNonBlocking };
+enum {
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaEventDisableTiming,
+  cudaStreamNonBlocking
+};
 
 // An operation returns false while it waits.
 struct CUstream_st {
@@ -28,6 +33,7 @@ using cudaEvent_t = CUevent_st*;
 struct Copy {
   cudaStream_t stream;
   const void* to;
+  uint64_t bytes;
 };
 inline std::vector<Copy> enqueued_copies;
 
@@ -63,7 +69,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 inline cudaError_t cudaMemcpy2DAsync(void* to, uint64_t to_pitch, const void* from,
                                      uint64_t from_pitch, uint64_t bytes, uint64_t rows, int,
                                      cudaStream_t stream) {
-  enqueued_copies.push_back({stream, to});
+  enqueued_copies.push_back({stream, to, bytes * rows});
   return enqueue(stream, [=] {
     for (uint64_t i = 0; i < rows; ++i) {
       std::memcpy(static_cast<char*>(to) + i * to_pitch,
