@@ -32,7 +32,7 @@ def test_pairs_over_every_transport():
 
 def test_pairs_as_graphs():
     options = replace(
-        LONG,
+        WIDE,
         parts=("pair",),
         transports=("nvlink", "copy_engine", "collective"),
         graphs=True,
