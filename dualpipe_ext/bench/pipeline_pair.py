@@ -168,7 +168,6 @@ class PairBench:
         self._ranks, self._options, self._stage = ranks, options, stage
         self.link = Link(buffer, slow_link=options.slow_link)
         self._buffer = buffer
-        buffer.ask_beside(self._partition.is_beside)
         for layer in stage.layers.values():
             layer.buffer = buffer
             layer.max_recv_tokens = None

@@ -8,8 +8,6 @@ M expert rows. Expert e lives on rank ``e // (E / R)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,7 +18,7 @@ from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
 from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.ep.registry import create_transport
 from dualpipe_ext.ep.tickets import make_ticket
-from dualpipe_ext.ep.transport import RouteOptions, Transport, TransportConfig, alone
+from dualpipe_ext.ep.transport import RouteOptions, Transport, TransportConfig
 
 
 class Buffer:
@@ -100,7 +98,6 @@ class Buffer:
         validate.check_config(self.config)
         self._transport = create_transport(transport, self.config)
         self._ticket = make_ticket(self._transport)
-        self._beside = alone
         # Others that have been in use, by name.
         self._others: dict[str, Transport] = {}
         self._comm_stream = CommStream()
@@ -150,21 +147,9 @@ class Buffer:
             self._others.pop(kind.name, None)
             self._others[self.transport] = self._transport
             self._transport = other
-            other.beside = self._beside
             self._ticket = make_ticket(self._transport)
         if isinstance(self._transport, switching.NVLinkTransport):
             self._transport.use_sms(num_sms)
-
-    def ask_beside(self, beside: Callable[[], bool]) -> None:
-        """Ask ``beside`` at every call whether something computes beside what the call launches.
-
-        The kernels that pack and unpack for copy engines take fewer SMs then, and take longer: they
-        need not wait until so many are free, and compute keeps more of them. Results have the same
-        bits, and ranks may answer differently.
-        """
-        self._beside = beside
-        for transport in self._transports:
-            transport.beside = beside
 
     def forget_unused(self) -> None:
         """Give up the memory of transports that are not in use; live handles keep theirs."""

@@ -38,10 +38,6 @@ class CopyEngineTransport(PeerTransport):
     # as many, and so do those of ranks with several peers, to whom a row goes several times. SMs
     # move some 45 GB/s each, so more of them take less time, not more SM time.
     default_num_sms = 16
-    # Of either layout where something computes beside. 4, 8, 16 and 32 (docs/LOG.md, "Overlapped
-    # pairs") differ by little, but more of them wait longer until they are free, and with 4 packing
-    # holds up a slow link.
-    sms_beside = 8
 
     @property
     def comm_sms(self) -> int:
@@ -50,13 +46,10 @@ class CopyEngineTransport(PeerTransport):
     def __init__(self, config: TransportConfig) -> None:
         super().__init__(config)
         several = config.num_ranks > 2
-        self._expert_sms = self._sms_beside = self.num_sms
+        self._expert_sms = self.num_sms
         if not config.num_sms:
-            wider = 2 if several else 1
-            numbers = (self.default_num_sms, 2 * self.default_num_sms, self.sms_beside)
-            self.num_sms, self._expert_sms, self._sms_beside = (
-                self.within_gpu(wider * number) for number in numbers
-            )
+            default = self.default_num_sms * (2 if several else 1)
+            self.num_sms, self._expert_sms = map(self.within_gpu, (default, 2 * default))
         self._lanes = self.core.CopyLanes(config.num_ranks)
         self._shapes: dict[tuple[object, ...], tuple[Any, Any]] = {}
         self._detour: Tensor | None = None
@@ -183,9 +176,9 @@ class CopyEngineTransport(PeerTransport):
         self, source: kernel_calls.DispatchInput, handle: PeerHandle
     ) -> tuple[Any, Any]:
         numbers = None if source.weights is None else source.weights.dtype
-        ctas = self._sms(handle)
-        key = (source.payload, source.rows.dtype, numbers, handle.layout, ctas)
+        key = (source.payload, source.rows.dtype, numbers, handle.layout)
         if key not in self._shapes:
+            ctas = self._sms(handle)
             pack = tuning.for_pack(source, ctas, self.config)
             take = tuning.for_unpack(source, self.config)
             plan = self.core.DispatchPlan(
@@ -198,9 +191,9 @@ class CopyEngineTransport(PeerTransport):
         self, source: kernel_calls.CombineInput, handle: PeerHandle, direct: bool, weighted: bool
     ) -> tuple[Any, Any]:
         numbers = None if source.row_weights is None else source.row_weights.dtype
-        ctas = self._sms(handle)
-        key = (source.rows.dtype, numbers, handle.layout, direct, weighted, ctas)
+        key = (source.rows.dtype, numbers, handle.layout, direct, weighted)
         if key not in self._shapes:
+            ctas = self._sms(handle)
             pack, pack_ctas = tuning.PERMITS_ONLY, 1
             if not direct:
                 pack, pack_ctas = tuning.for_combine_pack(source, handle, ctas, self.config), ctas
@@ -216,8 +209,6 @@ class CopyEngineTransport(PeerTransport):
         return self._shapes[key]
 
     def _sms(self, handle: PeerHandle) -> int:
-        if self.beside():
-            return self._sms_beside
         return self._expert_sms if handle.layout == "expert" else self.num_sms
 
     def _shape(

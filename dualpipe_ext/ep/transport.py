@@ -11,7 +11,6 @@ N rows in token layout, M rows in expert layout.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -94,11 +93,6 @@ class Rows(NamedTuple):
     """[N, K] in token layout, [M] in expert layout."""
 
 
-def alone() -> bool:
-    """Nothing computes beside a call, as far as anybody has said."""
-    return False
-
-
 class Transport(ABC):
     """Moves rows between the ranks of one group.
 
@@ -112,8 +106,6 @@ class Transport(ABC):
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
-        self.beside: Callable[[], bool] = alone
-        """Whether something computes beside what is launched now; ``Buffer.ask_beside`` sets it."""
 
     @classmethod
     @abstractmethod

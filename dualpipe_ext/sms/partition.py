@@ -144,19 +144,16 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Around launches of compute and communication that run beside each other; what is launched
-        outside is alone."""
-        told = nullcontext() if self._told is None else self._told.beside(self._comm_sms or 0)
+        """Around launches that communication runs beside; what is launched outside is alone."""
+        if self._told is None:
+            yield
+            return
         before, self._beside = self._beside, True
         try:
-            with told:
+            with self._told.beside(self._comm_sms or 0):
                 yield
         finally:
             self._beside = before
-
-    def is_beside(self) -> bool:
-        """Whether what is launched now is beside the other of compute and communication."""
-        return self._beside
 
 
 def check_comm_sms(comm_sms: object, means: str = DEFAULT_MEANS) -> None:

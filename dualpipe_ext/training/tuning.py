@@ -50,7 +50,6 @@ def join(partition: SMPartition, buffer: Buffer) -> None:
             f"expected comm_sms that can be used here, got {asked}: transport "
             f"{buffer.transport!r} {takes}"
         )
-    buffer.ask_beside(partition.is_beside)
     if found is None:
         return
     partition.set(found)

@@ -23,12 +23,10 @@ def test_the_limit_follows_the_number_and_the_place():
     partition = SMPartition(24, means="persistent", device=GPU)
     assert (partition.num_sms, partition.comm_sms, partition.compute_sms) == (132, 24, 108)
     assert partition.max_sms() == 132
-    assert not partition.is_beside()
     with partition.step(), partition.beside():
         assert partition.max_sms() == 108
         with partition.beside():
             assert partition.max_sms() == 108
-        assert partition.is_beside()
         assert partition.max_sms() == 108
         partition.set(8)
         assert partition.max_sms() == 124
@@ -40,7 +38,6 @@ def test_the_place_is_left_after_an_error_too():
     with pytest.raises(RuntimeError), partition.beside():
         raise RuntimeError
     assert partition.max_sms() == 132
-    assert not partition.is_beside()
 
 
 def test_auto_is_undecided_until_it_is_set():
