@@ -212,11 +212,18 @@ def _by(rows: Sequence[Row], *names: str) -> list[list[Row]]:
 
 
 def pairs() -> str:
-    """The overlapped pair, on the link as it is and throttled; by sizes."""
+    """The overlapped pair, on the link as it is and throttled; by sizes.
+
+    Other means to tell compute, graphs, and one rank, which only packs, are in docs/LOG.md.
+    """
     sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
     shape = (*sizes, "transport", "num_sms", "sm_means", "graphs")
     rows = rows_of("pipeline", (*shape, "part"), lambda row: row["slow_link"])
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
+    usual = {"sm_means": "yielding", "graphs": "False"}
+    rows = [row for row in rows if all(row[name] == value for name, value in usual.items())]
+    rows = [row for row in rows if row["ep"] != "1"]
+    rows.sort(key=lambda row: (row["transport"], int(row["num_sms"] or 0), row["slow_link"]))
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
 
 
@@ -224,9 +231,7 @@ def _pairs_of(rows: Sequence[Row]) -> str:
     def transport(row: Row) -> str:
         packs = "packing on " if row["transport"] == "copy_engine" else ""
         sms = f", {packs}{row['num_sms']} SMs" if row["num_sms"] else ""
-        told = f", {row['sm_means']}" if row["sm_means"] != "none" else ""
-        told += ", as graphs" if row["graphs"] == "True" else ""
-        return f"{row['transport']}{sms}{told}{_SLOW_LINKS[row['slow_link']](row)}"
+        return f"{row['transport']}{sms}{_SLOW_LINKS[row['slow_link']](row)}"
 
     first = rows[0]
     columns = {

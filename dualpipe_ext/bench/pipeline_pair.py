@@ -166,7 +166,7 @@ class PairBench:
         self._partition = partition or SMPartition(0, means="none", device=ranks.device)
         set_partition(stage, partition)
         self._ranks, self._options, self._stage = ranks, options, stage
-        self.link = Link(buffer, slow_link=options.slow_link)
+        self.link = Link(buffer, slow_link=options.slow_link if options.throttle else "peer")
         self._buffer = buffer
         for layer in stage.layers.values():
             layer.buffer = buffer
@@ -333,12 +333,21 @@ class PairBench:
         compute_us, comm_us = self._medians()
         if comm_us >= compute_us:
             return False
-        # Several times: not everything is repeated, and calls in a row take less than calls alone.
+        # Several times, by what the last change did: not everything is repeated, and one more copy
+        # may take many times as long as the first.
+        before, self.link.repeats = (1.0, comm_us), compute_us / comm_us
         for _ in range(_CORRECTIONS):
+            compute_us, comm_us = self._medians()
             if abs(compute_us / comm_us - 1) < _CLOSE:
                 break
-            self.link.repeats *= compute_us / comm_us
-            compute_us, comm_us = self._medians()
+            here = self.link.repeats
+            each = (comm_us - before[1]) / (here - before[0])
+            before = (here, comm_us)
+            if each <= 0:  # lost in noise
+                each = comm_us / here
+            self.link.repeats = max(1.0, here + (compute_us - comm_us) / each)
+            if self.link.repeats == here:
+                break
         self.settle()
         return True
 

@@ -165,7 +165,7 @@ class _Pairs:
     def _measure(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         times = self._ranks.together(bench.measure)
         row.repeats = round(bench.link.repeats, 4)
-        row.slow_link = None if row.repeats == 1 else bench.link.slow_link
+        row.slow_link = bench.link.slow_link if row.repeats > 1 else None
         row.compute_ms, row.comm_ms = (
             round(median(times[form]), 4) for form in ("compute", "comm")
         )
@@ -196,8 +196,8 @@ class _Pairs:
         if picture is not None and self._ranks.rank == 0:
             means = None if row.sm_means == "none" else row.sm_means
             label = "-".join(str(part) for part in (row.transport, row.num_sms, means) if part)
-            throttled = "" if row.repeats == 1 else "-throttled"
-            draw_overlap(trace, report, picture.with_stem(f"{picture.stem}-{label}{throttled}"))
+            slow = "" if row.slow_link is None else f"-slow-{row.slow_link}"
+            draw_overlap(trace, report, picture.with_stem(f"{picture.stem}-{label}{slow}"))
 
     def _row(self, variant: Variant, **values: Any) -> PipelineRow:
         options = self._options

@@ -83,12 +83,20 @@ class CopyEngineTransport(PeerTransport):
 
     @link_detour.setter
     def link_detour(self, memory: Tensor | None) -> None:
-        if memory is None:
-            self._lanes.set_detour(address=0, bytes=0)
-        elif memory.dtype != torch.uint8 or not memory.is_pinned():
-            raise ValueError(f"expected pinned memory of uint8, got {memory.dtype}")
-        else:
-            self._lanes.set_detour(address=memory.data_ptr(), bytes=memory.numel())
+        if memory is not None and not (
+            memory.dtype == torch.uint8
+            and memory.is_pinned()
+            and memory.is_contiguous()
+            and memory.numel()
+        ):
+            raise ValueError(
+                f"expected pinned memory of uint8 in one piece, got {memory.dtype} "
+                f"{list(memory.shape)} on {memory.device}"
+            )
+        if self._detour is not None:  # which copies that are on their way write to
+            torch.cuda.synchronize(self._device)
+        address, size = (0, 0) if memory is None else (memory.data_ptr(), memory.numel())
+        self._lanes.set_detour(address=address, bytes=size)
         self._detour = memory  # kept alive
 
     def dispatch(

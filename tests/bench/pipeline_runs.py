@@ -143,14 +143,24 @@ def weights_measured(ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
+COMPUTE_US = 30.0
+# Communication as it is, and what each repetition adds: all of it, less, and much more, as copies
+# to the host; and nothing to repeat it for.
+LINKS = ((12.0, 12.0), (12.0, 4.0), (12.0, 80.0), (25.0, 200.0), (20.0, 60.0), (30.0, 30.0))
+
+
 def throttled(ranks: Ranks) -> tuple[list[tuple[bool, float]], list[str]]:
-    """What the throttle makes of compute of 30 us beside communication of 12 us, which is 25 us
-    after the first correction, and beside 30 us; and the forms that a throttled bench measures."""
+    """What the throttle makes of each of ``LINKS`` beside compute of ``COMPUTE_US``: whether it did
+    something, and what communication takes then; and the forms that a throttled bench measures."""
     bench = make_pair(ranks)
     found = []
-    for times in ([[30.0, 12.0], [30.0, 25.0], [30.0, 30.0]], [[30.0, 30.0]]):
-        with patch.object(bench, "_medians", side_effect=times):
-            found.append((bench.throttle(), bench.link.repeats))
+    for once, each in LINKS:
+
+        def comm_us(once: float = once, each: float = each) -> float:
+            return once + each * (bench.link.repeats - 1)
+
+        with patch.object(bench, "_medians", side_effect=lambda: [COMPUTE_US, comm_us()]):
+            found.append((bench.throttle(), comm_us()))
     bench.link.repeats = 2.5
     bench.check()
     return found, list(bench.measure())

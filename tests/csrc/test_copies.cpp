@@ -2,6 +2,7 @@
 // are replaced by the least that they do.
 #include "ep/copy_engine.cpp"
 
+#include <map>
 #include <memory>
 
 #include "check.h"
@@ -506,10 +507,38 @@ void rows_are_repeated() {
   CHECK(others[1] == others[0] && others[2] == others[0]);
 }
 
+// On the stream of a peer, the flag is behind what went aside, too: or its receiver would not wait
+// for a slower link.
+void flags_wait_for_what_goes_aside() {
+  const uint32_t ranks = 2 + draw(3), most = 8 + draw(40);
+  Group group(ranks, ranks, most);
+  std::vector<uint8_t> host(1 + draw(500));
+  for (CopyLanes& each : group.lanes) {
+    each.repeats = 2.0;
+    each.detour = host.data();
+    each.detour_bytes = host.size();
+  }
+  Round round(ranks, most);
+  round.known = round.direct = round.in_turn = false;
+  enqueued_copies.clear();
+  group.enqueue(round);
+  CHECK(!enqueued_copies.empty());
+  std::map<cudaStream_t, const void*> last;
+  size_t aside = 0;
+  for (const Copy& copy : enqueued_copies) {
+    last[copy.stream] = copy.to;
+    aside += copy.to == host.data();
+  }
+  CHECK(aside > 0);
+  for (const auto& [stream, to] : last) CHECK(to != host.data());
+  CHECK(group.run());
+}
+
 }  // namespace
 
 int main() {
   for (int i = 0; i < 600; ++i) rounds_in_a_row();
   for (int i = 0; i < 50; ++i) turns_are_fixed();
   for (int i = 0; i < 20; ++i) rows_are_repeated();
+  for (int i = 0; i < 20; ++i) flags_wait_for_what_goes_aside();
 }

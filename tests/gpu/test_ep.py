@@ -51,6 +51,35 @@ def test_graphs(environment: Environment, num_ranks: int) -> None:
     )
 
 
+def _rows_also_go_aside(ranks: Ranks) -> None:
+    case = make_case("uneven", ranks.num_ranks, hidden=16, dtype=torch.bfloat16)
+    buffer = ranks.make_buffer(case)
+    transport = buffer._transport
+    byte = torch.zeros(1, dtype=torch.uint8, pin_memory=True)
+    for wrong in (byte.clone(), byte.float().pin_memory(), byte.expand(8), byte[:0]):
+        with pytest.raises(ValueError, match="expected pinned memory of uint8"):
+            transport.link_detour = wrong
+    aside = torch.zeros(100, dtype=torch.uint8, pin_memory=True)  # of which all rows take more
+    transport.link_detour = aside
+    for repeats in (1.0, 2.5):
+        transport.link_repeats = repeats
+        for how in rank_checks.LAYOUTS:
+            aside.zero_()
+            rank_checks.round_trip_equals_reference(ranks, buffer, case, how, f"x{repeats}, {how}")
+            ranks.synchronize()
+            # The copies of all virtual ranks are one rank's launch.
+            assert any(ranks.gather(bool(aside.any()))) == (repeats > 1)
+    transport.link_detour = None
+    rank_checks.round_trip_equals_reference(ranks, buffer, case, rank_checks.LAYOUTS[0], "over it")
+
+
+@pytest.mark.parametrize(
+    "environment", [COPY_ENGINE_VIRTUAL, COPY_ENGINE_PARTS_VIRTUAL], ids=["whole", "parts"]
+)
+def test_a_slow_link_takes_rows_aside(environment: Environment) -> None:
+    environment.run(2, _rows_also_go_aside)
+
+
 @both
 def test_a_slow_sender_is_named_and_a_reset_helps(environment: Environment) -> None:
     environment.run(4, fault_checks.slow_sender_then_reset)

