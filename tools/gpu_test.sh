@@ -132,8 +132,11 @@ bench() {  # one after the other: they measure
     --picture "$out/pair.png"
   # As many experts' rows to an expert as where experts are spread over many GPUs.
   run bench-pair "${dualpipe[@]}" pipeline --parts pair --experts 32 --layers 4 --rounds 3 \
-    --transports copy_engine --sm-means none,yielding --output "$out/pipeline.csv" \
-    --picture "$out/pair-32.png"
+    --transports copy_engine --output "$out/pipeline.csv" --picture "$out/pair-32.png"
+  # Which number of SMs packs best depends on the link.
+  run bench-pack "${dualpipe[@]}" pipeline --parts pair --layers 2 --rounds 3 \
+    --transports copy_engine --pack-sms 4,8,16 --output "$out/pipeline.csv" \
+    --picture "$out/pack.png"
   run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0 --batch 128
   cp benchmarks/results/loss_curves.csv build/benchmarks/loss-curves/loss-curves.png "$out" || status=1
 }

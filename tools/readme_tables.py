@@ -319,7 +319,7 @@ def _times(row: Row) -> str:
 _SLOW_LINKS: dict[str, Callable[[Row], str]] = {
     "": lambda row: "",
     "calls": lambda row: f", every call {_times(row)} times",
-    "peer": lambda row: f", link {_times(row)}x slower",
+    "peer": lambda row: f", slow link: {_times(row)} copies over it",
     "host": lambda row: f", slow link: {_times(row)} copies, all but one to the host",
 }
 TABLES = {
