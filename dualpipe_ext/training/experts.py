@@ -244,8 +244,8 @@ class ExpertBalancer:
         )
         # Maps are the same everywhere, times that follow from shares only on CPUs of one kind, and
         # the ranks must agree.
-        said = torch.tensor([verdict.saved_s, verdict.cost_s, verdict.steps_to_pay]).double()
-        said = said.to(self._device)
+        times = [verdict.saved_s, verdict.cost_s, verdict.steps_to_pay]
+        said = torch.tensor(times, dtype=torch.float64, device=self._device)
         dist.broadcast(said, src=0)
         verdict = Verdict(*said.tolist())
         if verdict.pays:
