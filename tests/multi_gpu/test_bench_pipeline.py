@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from dualpipe_ext.bench import pipeline_run
+from dualpipe_ext.bench.link import SLOW_LINKS
 from dualpipe_ext.bench.ranks import start
 from tests.bench.pipeline_runs import OPTIONS
 from tests.gpu.test_bench_pipeline import WIDE
@@ -32,13 +35,14 @@ def test_pairs_over_every_transport():
     assert waited_for
 
 
-def test_pairs_as_graphs():
+@pytest.mark.parametrize("slow_link", SLOW_LINKS)
+def test_pairs_as_graphs(slow_link):
     options = replace(
         WIDE,
         parts=("pair",),
         transports=("nvlink", "copy_engine", "collective"),
         graphs=True,
-        slow_link="peer",
+        slow_link=slow_link,
     )
     rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
     *good, collective = rows
