@@ -231,7 +231,8 @@ def _pairs_of(rows: Sequence[Row]) -> str:
     def transport(row: Row) -> str:
         packs = "packing on " if row["transport"] == "copy_engine" else ""
         sms = f", {packs}{row['num_sms']} SMs" if row["num_sms"] else ""
-        return f"{row['transport']}{sms}{_SLOW_LINKS[row['slow_link']](row)}"
+        slow = _SLOW_LINKS[row["slow_link"]].format(float(row["repeats"]))
+        return f"{row['transport']}{sms}{slow}"
 
     first = rows[0]
     columns = {
@@ -312,15 +313,11 @@ def _memory_of(rows: Sequence[Row]) -> str:
     )
 
 
-def _times(row: Row) -> str:
-    return f"{float(row['repeats']):.0f}"
-
-
-_SLOW_LINKS: dict[str, Callable[[Row], str]] = {
-    "": lambda row: "",
-    "calls": lambda row: f", every call {_times(row)} times",
-    "peer": lambda row: f", slow link: {_times(row)} copies over it",
-    "host": lambda row: f", slow link: {_times(row)} copies, all but one to the host",
+_SLOW_LINKS = {
+    "": "",
+    "calls": ", every call {:.0f} times",
+    "peer": ", slow link: {:.0f} copies over it",
+    "host": ", slow link: {:.0f} copies, all but one to the host",
 }
 TABLES = {
     "ep": ep,

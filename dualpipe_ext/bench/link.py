@@ -23,6 +23,7 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.handle import Handle
 from dualpipe_ext.ep.transport import Rows
+from dualpipe_ext.profiling.trace import COMM_PATTERNS
 
 SLOW_LINKS = ("host", "peer")
 """Where copies go that make a copy engine's link slower: to the host, through PCIe, at the rate of
@@ -66,7 +67,7 @@ class Link:
         slow_link: what is repeated: "host" and "peer" as in :data:`SLOW_LINKS`, or "calls".
     """
 
-    def __init__(self, buffer: Buffer, *, slow_link: str = "peer") -> None:
+    def __init__(self, buffer: Buffer, *, slow_link: str = SLOW_LINKS[0]) -> None:
         self._transport = transport = buffer._transport
         self._repeats = 1.0
         self._config = transport.config
@@ -78,8 +79,6 @@ class Link:
             self._combine,
         )
         self.slow_link = slow_link if self._repeats_copies() else "calls"
-        if self.slow_link == "host":
-            transport.link_detour = torch.empty(_DETOUR_BYTES, dtype=torch.uint8, pin_memory=True)
         self._num_calls = 0
         self._pool = _Pool()
         self._recording: Recording | None = None
@@ -93,7 +92,19 @@ class Link:
     def repeats(self, repeats: float) -> None:
         self._repeats = repeats
         if self._repeats_copies():
+            if self._goes_aside and self._transport.link_detour is None:
+                memory = torch.empty(_DETOUR_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._transport.link_detour = memory
             self._transport.link_repeats = max(1.0, repeats)
+
+    @property
+    def _goes_aside(self) -> bool:
+        return self.slow_link == "host" and self.repeats > 1
+
+    @property
+    def comm_patterns(self) -> tuple[str, ...]:
+        """Of what communicates in a trace of it."""
+        return (*COMM_PATTERNS, "Memcpy DtoH") if self._goes_aside else COMM_PATTERNS
 
     def _repeats_copies(self) -> bool:
         return isinstance(self._transport, CopyEngineTransport)

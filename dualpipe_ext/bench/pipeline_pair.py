@@ -166,7 +166,7 @@ class PairBench:
         self._partition = partition or SMPartition(0, means="none", device=ranks.device)
         set_partition(stage, partition)
         self._ranks, self._options, self._stage = ranks, options, stage
-        self.link = Link(buffer, slow_link=options.slow_link if options.throttle else "peer")
+        self.link = Link(buffer, slow_link=options.slow_link)
         self._buffer = buffer
         for layer in stage.layers.values():
             layer.buffer = buffer

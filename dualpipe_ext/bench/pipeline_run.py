@@ -33,7 +33,6 @@ from dualpipe_ext.ep import Buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.profiling.picture import draw_overlap
 from dualpipe_ext.profiling.report import analyze
-from dualpipe_ext.profiling.trace import COMM_PATTERNS
 from dualpipe_ext.sms import SMPartition
 from dualpipe_ext.sms.means import depends_on_number
 
@@ -183,7 +182,7 @@ class _Pairs:
     def _profile(self, bench: PairBench, row: PipelineRow, notes: PhaseNotes) -> None:
         calls = bench.calls()
         alone = analyze(pipeline_profile.trace_of(calls["compute"], self._ranks))
-        comm = (*COMM_PATTERNS, *(("Memcpy DtoH",) if row.slow_link == "host" else ()))
+        comm = bench.link.comm_patterns
         trace = pipeline_profile.trace_of(calls["pair"], self._ranks, notes, comm)
         report = analyze(trace)
         slower = pipeline_profile.slow_down(report, alone)

@@ -157,8 +157,9 @@ class ExpertBalancer:
     def _share_out(self, split: ReplicaSplit | None) -> None:
         self.split = split
         for layer in self.layers:
-            shares = None if split is None else split.shares[layer.index]
-            layer.module.replica_split = None if shares is None else on_device(shares, self._device)
+            layer.module.replica_split = (
+                None if split is None else on_device(split.shares[layer.index], self._device)
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Placement in force, target and loads. What is in flight has not changed anything yet:

@@ -22,6 +22,15 @@ Found found_on(cudaStream_t stream, const void* place, bool there) {
   return found;
 }
 
+// With `host`, what is copied again goes there.
+void slow_down(Group& group, double repeats, std::vector<uint8_t>* host) {
+  for (CopyLanes& each : group.lanes) {
+    each.repeats = repeats;
+    each.detour = host == nullptr ? nullptr : host->data();
+    each.detour_bytes = host == nullptr ? 0 : host->size();
+  }
+}
+
 // A slower link takes longer for rows, here or on their way aside: numbers and flags are copied
 // once.
 void rows_are_repeated() {
@@ -39,11 +48,7 @@ void rows_are_repeated() {
     round.known = round.direct = false;  // so all parts are copied, there and back
     round.in_turn = true;                // rows on a stream of their own
     round.parts = kParts[0];
-    for (CopyLanes& each : group.lanes) {
-      each.repeats = slower.repeats;
-      each.detour = slower.detour ? host.data() : nullptr;
-      each.detour_bytes = host.size();
-    }
+    slow_down(group, slower.repeats, slower.detour ? &host : nullptr);
     enqueued_copies.clear();
     group.enqueue(round);
     link.push_back(found_on(group.lanes[0].turns(), host.data(), false));
@@ -70,11 +75,7 @@ void flags_wait_for_what_goes_aside() {
   const uint32_t ranks = 2 + draw(3), most = 8 + draw(40);
   Group group(ranks, ranks, most);
   std::vector<uint8_t> host(1 + draw(500));
-  for (CopyLanes& each : group.lanes) {
-    each.repeats = 2.0;
-    each.detour = host.data();
-    each.detour_bytes = host.size();
-  }
+  slow_down(group, 2.0, &host);
   Round round(ranks, most);
   round.known = round.direct = round.in_turn = false;
   enqueued_copies.clear();
