@@ -1,19 +1,20 @@
 """A pipeline's connections: which channels a rank has, and by which transport.
 
-What belongs here: choosing the transport together with the other ranks, opening the channels of
-the stages and of the stage copies, and closing them.
+What belongs here: choosing the transport together with the other ranks, opening the channels that
+stages and stage copies need, and closing them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from dualpipe_ext.pipeline import copy_engine, messages, mirror
-from dualpipe_ext.pipeline.copy_channel import CopyChannel, open_all
+from dualpipe_ext.pipeline.copy_channel import open_all
+from dualpipe_ext.pipeline.exchange import AnyChannel
 from dualpipe_ext.pipeline.p2p import Channel, close_all
 from dualpipe_ext.pipeline.plan import Plan
 from dualpipe_ext.timeouts import check_timeout
@@ -48,18 +49,18 @@ class Connections:
         transport: of the stages' messages, "copy_engine" or "collective".
         outgoing: to the ranks that take what its stages produce.
         incoming: from the ranks that produce what its stages take.
-        mirror: to and from the rank with the copies of its stages, if gradients are summed.
+        mirror: those to and from the rank with the copies of its stages, if gradients are summed.
+            They may be among those of the stages: at the end of a step these are empty.
     """
 
     transport: str
-    outgoing: dict[int, Channel | CopyChannel] = field(default_factory=dict)
-    incoming: dict[int, Channel | CopyChannel] = field(default_factory=dict)
-    mirror: tuple[Channel, Channel] | None = None
+    outgoing: dict[int, AnyChannel] = field(default_factory=dict)
+    incoming: dict[int, AnyChannel] = field(default_factory=dict)
+    mirror: tuple[AnyChannel, AnyChannel] | None = None
 
     def close(self, *, abort: bool) -> None:
         """Give all channels up, within a few seconds; with ``abort`` whatever is under way."""
-        both = (*self.outgoing.values(), *self.incoming.values())
-        close_all([*both, *(self.mirror or ())], abort=abort)
+        close_all([*self.outgoing.values(), *self.incoming.values()], abort=abort)
 
 
 def connect(
@@ -88,58 +89,47 @@ def connect(
         CommTimeoutError: another rank did not take part in time.
     """
     links = messages.links(layout)
+    if sync:
+        links = sorted({*links, *mirror.links(layout)})
     found = Connections(_transport(options, group, device) if links else "collective")
     rank = pipeline_ranks[group.rank()]
-
-    def open_channel(purpose: str, source: int, destination: int) -> Channel:
-        return Channel(
-            f"dualpipe/{token}/{purpose}/{source}-{destination}",
-            source,
-            destination,
-            rank=rank,
-            device=device,
-            timeout_s=options.timeout_s,
-        )
-
     try:
         if found.transport == "copy_engine":
-            _open_lanes(found, group, pipeline_ranks, links, device=device, options=options)
-        # All ranks walk the same sorted list: see Channel for why.
-        for source, destination in links if found.transport == "collective" else ():
-            if rank == source:
-                found.outgoing[destination] = open_channel("stage", source, destination)
-            elif rank == destination:
-                found.incoming[source] = open_channel("stage", source, destination)
+            channels = copy_engine.open_channels(
+                group,
+                pipeline_ranks,
+                links,
+                device=device,
+                ring_bytes=options.ring_bytes,
+                timeout_s=options.timeout_s,
+            )
+            _add(found, channels)
+            open_all(channels)
+        else:
+            # All ranks walk the same sorted list: see Channel for why.
+            for source, destination in links:
+                if rank in (source, destination):
+                    channel = Channel(
+                        f"dualpipe/{token}/{source}-{destination}",
+                        source,
+                        destination,
+                        rank=rank,
+                        device=device,
+                        timeout_s=options.timeout_s,
+                    )
+                    _add(found, [channel])
         if sync:
-            low, high = sorted((rank, mirror.mirror_rank(layout, rank)))
-            up, down = open_channel("copy", low, high), open_channel("copy", high, low)
-            found.mirror = (up, down) if rank == low else (down, up)
+            other = mirror.mirror_rank(layout, rank)
+            found.mirror = found.outgoing[other], found.incoming[other]
     except BaseException:
         found.close(abort=True)
         raise
     return found
 
 
-def _open_lanes(
-    found: Connections,
-    group: dist.ProcessGroup,
-    pipeline_ranks: Sequence[int],
-    links: Sequence[tuple[int, int]],
-    *,
-    device: torch.device,
-    options: ConnectionOptions,
-) -> None:
-    channels = copy_engine.open_channels(
-        group,
-        pipeline_ranks,
-        links,
-        device=device,
-        ring_bytes=options.ring_bytes,
-        timeout_s=options.timeout_s,
-    )
-    found.outgoing |= {channel.peer: channel for channel in channels if channel.sends}
-    found.incoming |= {channel.peer: channel for channel in channels if not channel.sends}
-    open_all(channels)
+def _add(found: Connections, channels: Iterable[AnyChannel]) -> None:
+    for channel in channels:
+        (found.outgoing if channel.sends else found.incoming)[channel.peer] = channel
 
 
 def _transport(options: ConnectionOptions, group: dist.ProcessGroup, device: torch.device) -> str:

@@ -25,7 +25,7 @@ from dualpipe_ext.pipeline.copy_channel import Arriving, CopyChannel
 from dualpipe_ext.pipeline.p2p import Channel, Incoming
 from dualpipe_ext.pipeline.plan import Action, Op, Plan
 
-_DTYPES = (
+DTYPES = (
     torch.float32,
     torch.float64,
     torch.float16,
@@ -214,7 +214,7 @@ class Exchange:
     def _header(self, specs: tuple[TensorSpec, ...], varying: bool) -> Tensor:
         row = [self._plan.num_chunks, int(self._training), int(varying), len(specs)]
         for spec in specs:
-            row += [_DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape)]
+            row += [DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape)]
             row += [*spec.shape, *([0] * (_MAX_DIMS - len(spec.shape)))]
         row += [0] * (_HEADER - len(row))
         return torch.tensor(row, dtype=torch.int64, device=self._device)
@@ -235,7 +235,7 @@ class Exchange:
         specs = []
         for index in range(row[3]):
             code, grad, dims, *shape = row[_PREFIX + _ENTRY * index :][:_ENTRY]
-            specs.append(TensorSpec(tuple(shape[:dims]), _DTYPES[code], bool(grad)))
+            specs.append(TensorSpec(tuple(shape[:dims]), DTYPES[code], bool(grad)))
         self._specs[message] = self._boundary[message.stage] = tuple(specs)
         if row[2]:
             self.mark_varying(message.stage + 1)
@@ -313,7 +313,7 @@ def _specs_of(
             f"expected at most {_MAX_TENSORS} outputs of at most {_MAX_DIMS} dimensions from "
             f"stage {message.stage}, got {[list(x.shape) for x in outputs]}"
         )
-    unknown = [x.dtype for x in outputs if x.dtype not in _DTYPES]
+    unknown = [x.dtype for x in outputs if x.dtype not in DTYPES]
     if unknown:
         raise ValueError(
             f"expected outputs of stage {message.stage} in a dtype that can be sent, got "

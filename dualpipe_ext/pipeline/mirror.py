@@ -7,16 +7,24 @@ copies. A rank holds two stages, and the copies of both are on its mirror rank.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dualpipe_ext.pipeline.p2p import Channel, Incoming
+from dualpipe_ext.errors import DualPipeError
+from dualpipe_ext.pipeline.copy_channel import Arriving
+from dualpipe_ext.pipeline.exchange import DTYPES, AnyChannel
+from dualpipe_ext.pipeline.p2p import Incoming
 from dualpipe_ext.pipeline.plan import Plan
 
-_AHEAD = 2  # gradients on their way, the one being added included
+# Of a message: few enough bytes that one is added while the next is on its way, and so many that
+# they take longer than the host's calls.
+_MESSAGE_BYTES = 64 << 20
+_AHEAD = 3  # messages on their way, the one being added included
 
 
 def mirror_rank(plan: Plan, rank: int) -> int:
@@ -30,6 +38,11 @@ def mirror_rank(plan: Plan, rank: int) -> int:
     (other,) = mirrors
     assert other != rank, "copies belong on another rank"
     return other
+
+
+def links(plan: Plan) -> list[tuple[int, int]]:
+    """All ordered pairs of ranks (source, destination) that hold copies of each other's stages."""
+    return [(rank, mirror_rank(plan, rank)) for rank in range(plan.num_ranks)]
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -63,7 +76,7 @@ def grads_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def synced_grads(
-    modules: Sequence[nn.Module], outgoing: Channel, incoming: Channel
+    modules: Sequence[nn.Module], outgoing: AnyChannel, incoming: AnyChannel
 ) -> Iterator[None]:
     """Sum the gradients that the body computes with those of the stage copies.
 
@@ -74,7 +87,10 @@ def synced_grads(
         sum_mirrored_grads(modules, outgoing, incoming)
 
 
-def sum_mirrored_grads(modules: Iterable[nn.Module], outgoing: Channel, incoming: Channel) -> None:
+@torch.no_grad()
+def sum_mirrored_grads(
+    modules: Iterable[nn.Module], outgoing: AnyChannel, incoming: AnyChannel
+) -> None:
     """Add to every gradient that of the parameter's copy, and leave both ranks with the same bits.
 
     Args:
@@ -85,40 +101,120 @@ def sum_mirrored_grads(modules: Iterable[nn.Module], outgoing: Channel, incoming
 
     A parameter without gradient on one rank gets the other's; without any on both, none. The order
     of summation is no question: a + b and b + a round alike.
+
+    Raises:
+        DualPipeError: a gradient is sparse, or of another dtype than its copy's.
+        CommTimeoutError: the mirror rank did not take its part in time.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not parameters:
         return
-    mine, theirs = _exchange_presence(parameters, outgoing, incoming)
-    posted: list[Incoming | None] = []
-
-    def post(index: int) -> None:
-        if mine[index]:
-            outgoing.send([parameters[index].grad], f"gradient {index}")
-        p = parameters[index]
-        posted.append(incoming.receive([(p.shape, p.dtype)]) if theirs[index] else None)
-
-    for index, p in enumerate(parameters):
+    sums = _sums(parameters, outgoing, incoming)
+    messages = _messages(sums, _MESSAGE_BYTES)
+    posted: deque[Arriving | Incoming] = deque()
+    for number, parts in enumerate(messages):
         # In lockstep with the mirror rank and not all at once: see exchange.py on what waits for
         # the whole device.
-        while len(posted) < min(index + _AHEAD, len(parameters)):
-            post(len(posted))
-        arriving, posted[index] = posted[index], None
-        if arriving is not None:
-            (other,) = incoming.wait(arriving, f"gradient {index} of its stage copies")
-            # Not in place: this rank's own gradient may still be on its way out.
-            p.grad = other if p.grad is None else other.add_(p.grad)
+        while number + len(posted) < min(number + _AHEAD, len(messages)):
+            ahead = number + len(posted)
+            outgoing.send(
+                [p.of.mine[p.start : p.stop] for p in messages[ahead] if p.of.mine is not None],
+                f"gradients, message {ahead}",
+            )
+            posted.append(
+                incoming.receive(
+                    [((p.stop - p.start,), p.of.dtype) for p in messages[ahead] if p.of.theirs]
+                )
+            )
+        what = f"the gradients of its stage copies, message {number}"
+        arrived = iter(incoming.wait(posted.popleft(), what))
+        for part in parts:
+            if part.of.theirs:
+                part.of.add(part.start, part.stop, next(arrived))
+    incoming.drain()
     outgoing.drain()
 
 
-def _exchange_presence(
-    parameters: list[nn.Parameter], outgoing: Channel, incoming: Channel
-) -> tuple[list[bool], list[bool]]:
-    """Which parameters have a gradient here, and which have one on the mirror rank."""
-    mine = [p.grad is not None for p in parameters]
+class _Sum:
+    """A parameter's gradient here, and the one on the mirror rank, as it comes part by part.
+
+    Attributes:
+        dtype: of the gradient.
+        mine: [elements], or None.
+        theirs: whether there is one on the mirror rank.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        grad = parameter.grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise DualPipeError(
+                f"expected dense gradients, to sum with those of the stage copies, got "
+                f"{grad.layout} for a parameter of shape {list(parameter.shape)}"
+            )
+        self.parameter = parameter
+        self.dtype = parameter.grad_dtype or parameter.dtype if grad is None else grad.dtype
+        self.mine = None if grad is None else grad.contiguous().view(-1)
+        self.theirs = False
+        self._total: Tensor | None = None
+
+    def add(self, start: int, stop: int, other: Tensor) -> None:
+        """Add elements ``start`` to ``stop`` of the other's; with the last ones set ``.grad``."""
+        if start == 0:
+            # Not in place: this rank's own gradient may still be on its way out.
+            self._total = other.new_empty(self.parameter.numel())
+        into = self._total[start:stop]
+        if self.mine is None:
+            into.copy_(other)
+        else:
+            torch.add(self.mine[start:stop], other, out=into)
+        if stop == len(self._total):
+            self.parameter.grad = self._total.view(self.parameter.shape)
+            self.mine = self._total = None
+
+
+class _Part(NamedTuple):
+    """Elements ``start`` to ``stop`` of a gradient."""
+
+    of: _Sum
+    start: int
+    stop: int
+
+
+def _messages(sums: Iterable[_Sum], most: int) -> list[list[_Part]]:
+    """What travels together: ``most`` bytes, of as many gradients as it takes."""
+    messages: list[list[_Part]] = [[]]
+    room = most
+    for summed in sums:
+        start, numel, size = 0, summed.parameter.numel(), summed.dtype.itemsize
+        while True:
+            stop = min(numel, start + room // size)
+            if stop > start or not numel:
+                messages[-1].append(_Part(summed, start, stop))
+                room -= (stop - start) * size
+            if stop == numel:
+                break
+            messages.append([])
+            start, room = stop, most
+    return messages
+
+
+def _sums(
+    parameters: Iterable[nn.Parameter], outgoing: AnyChannel, incoming: AnyChannel
+) -> list[_Sum]:
+    """The gradients that there are on one rank or on both, after telling each other of them."""
+    sums = [_Sum(parameter) for parameter in parameters]
+    mine = [0 if summed.mine is None else 1 + DTYPES.index(summed.dtype) for summed in sums]
     outgoing.send(
         [torch.tensor(mine, dtype=torch.uint8, device=outgoing.device)], "the list of gradients"
     )
     arriving = incoming.receive([((len(mine),), torch.uint8)])
     (theirs,) = incoming.wait(arriving, "the list of its gradients", on_host=True)
-    return mine, [bool(flag) for flag in theirs.tolist()]
+    for summed, code in zip(sums, theirs.tolist(), strict=True):
+        summed.theirs = code > 0
+        if summed.theirs and DTYPES[code - 1] is not summed.dtype:
+            raise DualPipeError(
+                f"expected gradients of one dtype in both copies of a stage, got {summed.dtype} "
+                f"here and {DTYPES[code - 1]} on rank {incoming.peer} (pipeline ranks), for a "
+                f"parameter of shape {list(summed.parameter.shape)}"
+            )
+    return [summed for summed in sums if summed.theirs or summed.mine is not None]

@@ -66,13 +66,14 @@ class Channel:
     ) -> None:
         assert rank in (source, destination)
         self.rank = rank
-        self.peer = destination if rank == source else source
+        self.sends = rank == source
+        self.peer = destination if self.sends else source
         self.device = device
         self.timeout_s = timeout_s
         self._tag = 0
         self._in_flight: deque[_Sent] = deque()
         # gloo tells that a send is complete only to a thread that waits for it.
-        waits = device.type == "cpu" and rank == source
+        waits = device.type == "cpu" and self.sends
         self._waiter = _Waiter(timeout_s) if waits else None
         store = dist.PrefixStore(f"{name}/", dist.distributed_c10d._get_default_store())
         try:

@@ -83,9 +83,10 @@ class Pipeline(nn.Module):
             Differences that come from the inputs' own shapes are noticed without it.
         boundary: shapes and dtypes at every stage boundary, if they are the same at all of them;
             spares the headers that announce them.
-        transport: how tensors travel from stage to stage: "copy_engine" (into the memory of the
-            peer, which takes no SM; GPUs of one host, joined by NVLink), "collective" (NCCL, or
-            gloo on the CPU), or "auto" for the first of these that all ranks can use.
+        transport: how tensors travel from stage to stage, and gradients between stage copies:
+            "copy_engine" (into the memory of the peer, which takes no SM; GPUs of one host, joined
+            by NVLink), "collective" (NCCL, or gloo on the CPU), or "auto" for the first of these
+            that all ranks can use.
         ring_bytes: with "copy_engine", memory on the device for messages on their way, for every
             rank that sends to this one. Larger messages travel too, in pieces that wait for each
             other. Sends rarely wait if it holds four messages.

@@ -1,0 +1,199 @@
+"""Gradients of stage copies: sums with the same bits on both ranks, whatever there is to sum."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+from dualpipe_ext.launch import run_ranks
+from dualpipe_ext.pipeline import mirror
+from dualpipe_ext.pipeline.p2p import Channel
+from dualpipe_ext.pipeline.plan import build_plan
+from tests.pipeline.test_connections import ThreadLane, open_over_files
+
+CPU = torch.device("cpu")
+BOUND_S, SHORT_S = 30.0, 2.0
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+# Shape, dtype of the parameter and of its gradient, ranks that have one.
+PARAMETERS = [
+    ((7, 5), BF16, BF16, (0, 1)),
+    ((300,), F64, F64, (0, 1)),  # over several messages
+    ((64,), F32, F32, (0,)),
+    ((90, 3), F32, F32, (1,)),
+    ((5,), F32, F32, ()),
+    ((0, 4), F32, F32, (0, 1)),
+    ((0,), F32, F32, (1,)),
+    ((), F64, F64, (0, 1)),
+    ((33,), BF16, F32, (0, 1)),  # wider than its parameter
+    ((41,), BF16, F32, (1,)),
+]
+
+
+def channels(transport, folder, timeout_s=BOUND_S):
+    """(outgoing, incoming) of one of two ranks."""
+    rank = dist.get_rank()
+    if transport == "collective":
+        both = [
+            Channel(f"m/{a}", a, 1 - a, rank=rank, device=CPU, timeout_s=timeout_s) for a in (0, 1)
+        ]
+    else:
+        ThreadLane.timeout_s = timeout_s
+        both = open_over_files(
+            folder,
+            dist.group.WORLD,
+            [0, 1],
+            [(0, 1), (1, 0)],
+            device=CPU,
+            ring_bytes=2048,
+            timeout_s=timeout_s,
+        )
+    return sorted(both, key=lambda channel: not channel.sends)
+
+
+def make(rank):
+    """A module with PARAMETERS and their gradients of ``rank``."""
+    module = nn.Module()
+    for index, (shape, dtype, grad_dtype, ranks) in enumerate(PARAMETERS):
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad_dtype = grad_dtype
+        if rank in ranks:
+            generator = torch.Generator().manual_seed(2 * index + rank)
+            parameter.grad = torch.randn(shape, generator=generator).to(grad_dtype)
+            if parameter.ndim == 2 and rank == 1:
+                parameter.grad = parameter.grad.t().contiguous().t()
+        module.register_parameter(str(index), parameter)
+    frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    module.register_parameter("frozen", frozen)
+    return module
+
+
+def _sum(transport, folder, bytes_):
+    mirror._MESSAGE_BYTES = bytes_
+    outgoing, incoming = channels(transport, folder)
+    module = make(dist.get_rank())
+    for _ in range(3):  # the third sums what the second has summed
+        mirror.sum_mirrored_grads([module], outgoing, incoming)
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("bytes_", [8, 1000, 1 << 20])
+@pytest.mark.parametrize("transport", ["collective", "copy_engine"])
+def test_both_ranks_get_the_sum(transport, bytes_, tmp_path):
+    mine, theirs = run_ranks(_sum, 2, transport, tmp_path, bytes_, run_timeout_s=60)
+    both = [list(make(rank).parameters()) for rank in (0, 1)]
+    for a, b, p, q in zip(mine, theirs, *both, strict=True):
+        present = [x.grad for x in (p, q) if x.grad is not None]
+        if not present:
+            assert a is None
+            assert b is None
+            continue
+        total = sum(present[1:], present[0])
+        total = total + total
+        total = total + total
+        for got in (a, b):
+            assert got.shape == p.shape
+            assert got.dtype == total.dtype
+            assert torch.equal(got, total)
+
+
+def _refused(transport, folder):
+    rank = dist.get_rank()
+    outgoing, incoming = channels(transport, folder)
+    module = nn.Linear(3, 2)
+    module.weight.grad = torch.zeros(2, 3).to_sparse()
+    with pytest.raises(DualPipeError, match=r"expected dense gradients.*of shape \[2, 3\]"):
+        mirror.sum_mirrored_grads([module], outgoing, incoming)
+    module.weight.grad = None
+    module.bias.grad_dtype = None
+    module.bias.grad = torch.zeros(2, dtype=(F32, BF16)[rank])
+    here, there = (("float32", "bfloat16"), ("bfloat16", "float32"))[rank]
+    message = rf"torch.{here} here and torch.{there} on rank {1 - rank} .* shape \[2\]"
+    with pytest.raises(DualPipeError, match=message):
+        mirror.sum_mirrored_grads([module], outgoing, incoming)
+    return True
+
+
+def test_what_is_refused(tmp_path):
+    assert all(run_ranks(_refused, 2, "collective", tmp_path, run_timeout_s=60))
+
+
+def _absent(transport, folder):
+    outgoing, incoming = channels(transport, folder, SHORT_S)
+    if dist.get_rank() == 1:
+        time.sleep(3 * SHORT_S)
+        return None
+    began = time.monotonic()
+    with pytest.raises(CommTimeoutError) as caught:
+        mirror.sum_mirrored_grads([make(0)], outgoing, incoming)
+    assert time.monotonic() - began < 3 * SHORT_S
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["collective", "copy_engine"])
+def test_an_absent_rank_is_named(transport, tmp_path):
+    text = run_ranks(_absent, 2, transport, tmp_path, run_timeout_s=60)[0]
+    assert text.startswith("rank 0 waited 2 s for rank 1 to send the list of its gradients")
+
+
+def _lost_in_between(folder):
+    mirror._MESSAGE_BYTES = 64
+    outgoing, incoming = channels("copy_engine", folder, SHORT_S)
+    if dist.get_rank() == 1:
+        posted = []
+        wait = incoming.wait
+
+        def stall(arriving, what, **options):
+            posted.append(what)
+            if len(posted) == 6:
+                time.sleep(3 * SHORT_S)
+            return wait(arriving, what, **options)
+
+        incoming.wait = stall
+    with pytest.raises(CommTimeoutError) as caught:
+        mirror.sum_mirrored_grads([make(dist.get_rank())], outgoing, incoming)
+    return str(caught.value)
+
+
+def test_a_rank_that_stalls_in_between_is_found(tmp_path):
+    texts = run_ranks(_lost_in_between, 2, tmp_path, run_timeout_s=60)
+    for rank, text in enumerate(texts):
+        assert text.startswith(f"rank {rank} waited 2 s for rank {1 - rank} to ")
+        assert "gradients" in text
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.sampled_from([BF16, F32, F64]))), st.integers(8, 99)
+)
+def test_messages_hold_every_element_once(gradients, most):
+    sums = [mirror._Sum(nn.Parameter(torch.zeros(n, dtype=dtype))) for n, dtype in gradients]
+    messages = mirror._messages(sums, most)
+    seen = {id(summed): [] for summed in sums}
+    for message in messages:
+        assert sum((p.stop - p.start) * p.of.dtype.itemsize for p in message) <= most
+        for part in message:
+            seen[id(part.of)].append((part.start, part.stop))
+    for summed in sums:
+        spans = seen[id(summed)]
+        assert spans[0][0] == 0
+        assert spans[-1][1] == summed.parameter.numel()
+        assert all(a[1] == b[0] and b[0] < b[1] for a, b in pairwise(spans))
+    # No fewer would do, but for what is left of a message where an element does not fit.
+    total = sum(p.numel() * p.dtype.itemsize for p in (s.parameter for s in sums))
+    assert len(messages) <= 1 + total // max(1, most - 7)
+
+
+def test_links_are_the_pairs_with_copies():
+    assert mirror.links(build_plan("dualpipe", num_ranks=4, num_chunks=8)) == [
+        (0, 3),
+        (1, 2),
+        (2, 1),
+        (3, 0),
+    ]
