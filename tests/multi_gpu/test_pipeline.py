@@ -56,6 +56,7 @@ def _all_kinds(transport):
     _one(Varied, "dualpipev", 2 * RANKS, rows=5 * RANKS, transport=transport)
     small = {"transport": transport, "ring_bytes": SMALL_RING}
     _one(Varied, "dualpipev", 2 * RANKS, rows=5 * RANKS, **small)
+    _one(Phased, "dualpipe", 8, **small)
     return True
 
 
