@@ -81,6 +81,10 @@ class Lane(Protocol):
         """Copy bytes: uint8, equal sizes, contiguous."""
         ...
 
+    def add(self, total: Tensor, mine: Tensor | None, other: Tensor) -> None:
+        """total = mine + other, element by element; without ``mine``, a copy. Equal dtypes."""
+        ...
+
     def signal(self) -> None:
         """Set the other end's flag, after everything before."""
         ...
@@ -118,7 +122,7 @@ class Arriving:
 
 @dataclass(slots=True, eq=False)
 class _Moving:
-    """Pieces that a lane is busy with, and the tensors it reads (as a sender)."""
+    """Pieces that a lane is busy with, and the caller's tensors that it reads or writes."""
 
     pieces: list[Piece]
     what: str
@@ -140,6 +144,10 @@ class CopyChannel:
         timeout_s: longest wait for the other rank, in seconds.
         siblings: all channels of this rank, by (sends, peer), this one included: a failure of one
             is found by the next call on any. This channel enters itself.
+
+    Attributes:
+        piece_bytes: a message of no more travels as one piece, if every tensor of it is counted in
+            multiples of ``ring.ALIGNMENT``. Three of them fit into the ring, whatever comes before.
     """
 
     def __init__(
@@ -161,6 +169,7 @@ class CopyChannel:
         self.timeout_s = timeout_s
         self._lane: Any = lane
         self._ring = Ring(lane.ring.numel())
+        self.piece_bytes = self._ring.piece_bytes
         self._siblings = siblings
         siblings[self.sends, self.peer] = self
         self._expected: deque[Arriving] = deque()
@@ -168,12 +177,14 @@ class CopyChannel:
         # The last of what has been sent since the other rank was seen to have read everything.
         self._unread: tuple[Piece, str] | None = None
 
-    def send(self, tensors: Sequence[Tensor], what: str) -> None:
+    def send(self, tensors: Sequence[Tensor], what: str, *, follow: bool = True) -> None:
         """Start sending; the tensors are kept until they are sent and must not change before.
 
         Args:
             tensors: of any strides and dtypes.
             what: what they are, for errors.
+            follow: after what the current stream has so far. Without, the tensors must have been
+                there before an earlier send that followed.
         """
         assert self.sends
         self.release_sent()
@@ -185,7 +196,8 @@ class CopyChannel:
         lane = self._lane
         # Also before the first acquire: what has failed before these tensors were made is known
         # then, and they are not announced.
-        lane.follow()
+        if follow:
+            lane.follow()
         for piece in pieces:
             lane.acquire(piece.after, piece.number)
             for part in piece.parts:
@@ -232,6 +244,54 @@ class CopyChannel:
                 self._wait_for(incoming.mark)
             self._lane.join(incoming.mark)
         return incoming.tensors
+
+    def add(
+        self,
+        incoming: Arriving,
+        what: str,
+        mine: Sequence[Tensor | None],
+        totals: Sequence[Tensor],
+        *,
+        follow: bool = True,
+    ) -> None:
+        """Add a message to tensors, straight from the ring: ``totals[i] = mine[i] + message[i]``.
+
+        The current stream does not wait, but for :meth:`join`. Tensors are kept until then.
+
+        Args:
+            incoming: the next message of the channel.
+            what: what is received, for errors.
+            mine: [tensors] contiguous, of the shapes and dtypes of the message; None for zeros.
+            totals: [tensors] likewise.
+            follow: see :meth:`send`; for ``mine`` and for the memory of ``totals``.
+        """
+        following = self._expected.popleft()
+        assert following is incoming, "messages are added in their order"
+        lane = self._lane
+        if follow:
+            lane.follow()
+        incoming.tensors = list(totals)
+        for piece in incoming.pieces:
+            lane.acquire(piece.number, piece.number)
+            for part in piece.parts:
+                other = lane.ring[part.at : part.at + part.stop - part.start]
+                here, total = mine[part.index], totals[part.index]
+                span = slice(part.start // total.itemsize, part.stop // total.itemsize)
+                lane.add(
+                    total.view(-1)[span],
+                    None if here is None else here.view(-1)[span],
+                    other.view(total.dtype),
+                )
+            incoming.mark = lane.mark()
+            lane.signal()
+        if incoming.pieces:
+            kept = [tensor for tensor in (*mine, *totals) if tensor is not None]
+            self._moving.append(_Moving(incoming.pieces, what, incoming.mark, kept))
+        self._prune()
+
+    def join(self) -> None:
+        """Let the current stream go on only after all that :meth:`add` has been given."""
+        self._lane.join(self._lane.mark())
 
     def _take(self, arriving: Arriving, what: str) -> None:
         """Copy a message out of the ring, into tensors of the current stream's own memory."""

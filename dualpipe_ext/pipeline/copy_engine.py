@@ -215,6 +215,10 @@ class GpuLane:
         assert to.numel() == source.numel()
         _copy(to.data_ptr(), source.data_ptr(), to.numel(), self._stream)
 
+    def add(self, total: Tensor, mine: Tensor | None, other: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            total.copy_(other) if mine is None else torch.add(mine, other, out=total)
+
     def signal(self) -> None:
         _copy(self._their_flag, self._word, 4, self._stream)
 

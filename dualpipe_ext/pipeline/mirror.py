@@ -20,11 +20,14 @@ from dualpipe_ext.pipeline.copy_channel import Arriving
 from dualpipe_ext.pipeline.exchange import DTYPES, AnyChannel
 from dualpipe_ext.pipeline.p2p import Incoming
 from dualpipe_ext.pipeline.plan import Plan
+from dualpipe_ext.pipeline.ring import ALIGNMENT, aligned
 
-# Of a message: few enough bytes that one is added while the next is on its way, and so many that
-# they take longer than the host's calls.
+# Of a message at most: few enough bytes that one is added while the next is on its way, and so many
+# that they take longer than the host's calls.
 _MESSAGE_BYTES = 64 << 20
-_AHEAD = 3  # messages on their way, the one being added included
+# Messages on their way, the one being added included; as many as the ring of a copy engine's
+# channel holds for certain. With more, ranks could wait for each other (docs/internals.md).
+_AHEAD = 3
 
 
 def mirror_rank(plan: Plan, rank: int) -> int:
@@ -110,27 +113,30 @@ def sum_mirrored_grads(
     if not parameters:
         return
     sums = _sums(parameters, outgoing, incoming)
-    messages = _messages(sums, _MESSAGE_BYTES)
+    messages = _messages(sums, min(_MESSAGE_BYTES, outgoing.piece_bytes))
     posted: deque[Arriving | Incoming] = deque()
     for number, parts in enumerate(messages):
         # In lockstep with the mirror rank and not all at once: see exchange.py on what waits for
         # the whole device.
         while number + len(posted) < min(number + _AHEAD, len(messages)):
             ahead = number + len(posted)
-            outgoing.send(
-                [p.of.mine[p.start : p.stop] for p in messages[ahead] if p.of.mine is not None],
-                f"gradients, message {ahead}",
-            )
-            posted.append(
-                incoming.receive(
-                    [((p.stop - p.start,), p.of.dtype) for p in messages[ahead] if p.of.theirs]
-                )
-            )
-        what = f"the gradients of its stage copies, message {number}"
-        arrived = iter(incoming.wait(posted.popleft(), what))
-        for part in parts:
-            if part.of.theirs:
-                part.of.add(part.start, part.stop, next(arrived))
+            mine = [p.of.mine[p.span] for p in messages[ahead] if p.of.mine is not None]
+            outgoing.send(mine, f"gradients, message {ahead}", follow=False)
+            theirs = [p for p in messages[ahead] if p.of.theirs]
+            posted.append(incoming.receive([((p.stop - p.start,), p.of.dtype) for p in theirs]))
+        added = [part for part in parts if part.of.theirs]
+        totals = [part.of.total(part) for part in added]
+        # Both lanes have followed the list of gradients: only memory can be new.
+        incoming.add(
+            posted.popleft(),
+            f"the gradients of its stage copies, message {number}",
+            [None if part.of.mine is None else part.of.mine[part.span] for part in added],
+            totals,
+            follow=any(part.start == 0 for part in added),
+        )
+        for part in added:
+            part.of.end(part)
+    incoming.join()
     incoming.drain()
     outgoing.drain()
 
@@ -157,18 +163,19 @@ class _Sum:
         self.theirs = False
         self._total: Tensor | None = None
 
-    def add(self, start: int, stop: int, other: Tensor) -> None:
-        """Add elements ``start`` to ``stop`` of the other's; with the last ones set ``.grad``."""
-        if start == 0:
+    def total(self, part: _Part) -> Tensor:
+        """Where the sum of a part belongs."""
+        if part.start == 0:
             # Not in place: this rank's own gradient may still be on its way out.
-            self._total = other.new_empty(self.parameter.numel())
-        into = self._total[start:stop]
-        if self.mine is None:
-            into.copy_(other)
-        else:
-            torch.add(self.mine[start:stop], other, out=into)
-        if stop == len(self._total):
-            self.parameter.grad = self._total.view(self.parameter.shape)
+            self._total = torch.empty(
+                self.parameter.shape, dtype=self.dtype, device=self.parameter.device
+            )
+        return self._total.view(-1)[part.span]
+
+    def end(self, part: _Part) -> None:
+        """With the last part, make the sum the gradient."""
+        if part.stop == self.parameter.numel():
+            self.parameter.grad = self._total
             self.mine = self._total = None
 
 
@@ -179,18 +186,23 @@ class _Part(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.stop)
+
 
 def _messages(sums: Iterable[_Sum], most: int) -> list[list[_Part]]:
-    """What travels together: ``most`` bytes, of as many gradients as it takes."""
+    """What travels together: as many gradients as it takes for ``most`` bytes, as a ring counts."""
+    assert most >= ALIGNMENT, "a message must hold some elements"
     messages: list[list[_Part]] = [[]]
     room = most
     for summed in sums:
         start, numel, size = 0, summed.parameter.numel(), summed.dtype.itemsize
         while True:
-            stop = min(numel, start + room // size)
+            stop = min(numel, start + room // ALIGNMENT * ALIGNMENT // size)
             if stop > start or not numel:
                 messages[-1].append(_Part(summed, start, stop))
-                room -= (stop - start) * size
+                room -= aligned((stop - start) * size)
             if stop == numel:
                 break
             messages.append([])

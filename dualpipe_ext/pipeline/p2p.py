@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -54,6 +55,8 @@ class Channel:
         CommTimeoutError: the other rank did not create it in time.
     """
 
+    piece_bytes = sys.maxsize  # see CopyChannel: here every message travels whole
+
     def __init__(
         self,
         name: str,
@@ -91,11 +94,12 @@ class Channel:
             incoming = self.receive([((1,), torch.float32)])
             self.wait(incoming, "the opening of a channel", on_host=True)
 
-    def send(self, tensors: list[Tensor], what: str) -> None:
+    def send(self, tensors: list[Tensor], what: str, *, follow: bool = True) -> None:
         """Start sending; the tensors are kept until they are sent and must not change before.
 
         Args:
             what: what they are, for errors.
+            follow: see ``CopyChannel.send``. The backends follow the current stream in any case.
         """
         self.release_sent()
         tensors = [tensor.contiguous() for tensor in tensors]
@@ -154,6 +158,23 @@ class Channel:
             for tensor in incoming.tensors:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return incoming.tensors
+
+    def add(
+        self,
+        incoming: Incoming,
+        what: str,
+        mine: Sequence[Tensor | None],
+        totals: Sequence[Tensor],
+        *,
+        follow: bool = True,
+    ) -> None:
+        """Add a message to tensors; see ``CopyChannel.add``. The current stream waits at once."""
+        others = self.wait(incoming, what)
+        for here, other, total in zip(mine, others, totals, strict=True):
+            total.copy_(other) if here is None else torch.add(here, other, out=total)
+
+    def join(self) -> None:
+        """Nothing to wait for: see :meth:`add`."""
 
     def _poll(self, work: Any, deadline: float, purpose: str) -> None:
         while not work.is_completed():

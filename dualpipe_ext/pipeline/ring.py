@@ -49,13 +49,16 @@ class Ring:
 
     Args:
         num_bytes: of the ring, a multiple of ``ALIGNMENT`` and at least ``MIN_BYTES``.
+
+    Attributes:
+        piece_bytes: the most that a piece holds, a quarter of the ring.
     """
 
     def __init__(self, num_bytes: int) -> None:
         assert num_bytes % ALIGNMENT == 0
         assert num_bytes >= MIN_BYTES
         self._size = num_bytes
-        self._most = num_bytes // MIN_BYTES * ALIGNMENT  # bytes of a piece
+        self.piece_bytes = num_bytes // MIN_BYTES * ALIGNMENT
         self._number = 0
         # Positions count on and on; the place in the ring is the rest modulo its size.
         self._end = 0
@@ -75,12 +78,12 @@ class Ring:
         for index, size in enumerate(sizes):
             start = 0
             while start < size:
-                if taken == self._most:
+                if taken == self.piece_bytes:
                     pieces.append(self._place(parts, taken))
                     parts, taken = [], 0
-                stop = min(size, start + self._most - taken)
+                stop = min(size, start + self.piece_bytes - taken)
                 parts.append((index, start, stop))
-                taken += _aligned(stop - start)
+                taken += aligned(stop - start)
                 start = stop
         if parts:
             pieces.append(self._place(parts, taken))
@@ -100,9 +103,10 @@ class Ring:
         placed = []
         for index, first, stop in parts:
             placed.append(Part(index, first, stop, at))
-            at += _aligned(stop - first)
+            at += aligned(stop - first)
         return Piece(self._number, self._after, tuple(placed))
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """The next multiple of ``ALIGNMENT``."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from dualpipe_ext.pipeline import mirror
+from dualpipe_ext.pipeline.ring import MIN_BYTES
 from tests.gpu.test_copy_engine import CYCLES_PER_US, LONG_S, Ends
 
-SIZES = [((300, 1000), torch.bfloat16), ((7,), torch.float32), ((1 << 21,), torch.float32)]
 ROUNDS = 4
 
 
 def hold_back(channel, rng):
     """Let the rank or the channel be late with some messages."""
-    name = "send" if channel.sends else "wait"
+    name = "send" if channel.sends else "add"
     call = getattr(channel, name)
 
     def held(*args, **options):
@@ -34,9 +34,12 @@ def hold_back(channel, rng):
     setattr(channel, name, held)
 
 
-def module_of(rank):
+def module_of(rank, ring_bytes):
+    """Gradients of two and a half rings."""
     module = nn.Module()
-    for index, (shape, dtype) in enumerate(SIZES):
+    sizes = [((ring_bytes // 40, 10), torch.bfloat16), ((7,), torch.float32)]
+    sizes += [((ring_bytes // 2,), torch.float32), ((), torch.float64)]
+    for index, (shape, dtype) in enumerate(sizes):
         torch.manual_seed(10 * index + rank)
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda"))
         parameter.grad = torch.randn(shape, device="cuda").to(dtype)
@@ -44,16 +47,14 @@ def module_of(rank):
     return module
 
 
-# Rings that hold four messages, one, and less than one.
-@pytest.mark.parametrize("ring_bytes", [4 << 20, 1 << 20, 1 << 14])
+@pytest.mark.parametrize("ring_bytes", [MIN_BYTES, 1 << 20, 64 << 20])
 @pytest.mark.parametrize("slow", [(), (0,), (0, 1)])
-def test_sums_with_either_rank_late(ring_bytes, slow, monkeypatch):
-    monkeypatch.setattr(mirror, "_MESSAGE_BYTES", 1 << 20)
+def test_sums_with_either_rank_late(ring_bytes, slow):
     ends = Ends(ring_bytes)
     for rank in slow:
         for channel in (ends.out[rank], ends.into[rank]):
             hold_back(channel, random.Random(2 * rank + channel.sends))
-    modules = [module_of(rank) for rank in range(2)]
+    modules = [module_of(rank, ring_bytes) for rank in range(2)]
     wanted = [
         a.grad + b.grad for a, b in zip(*(module.parameters() for module in modules), strict=True)
     ]

@@ -22,19 +22,31 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """Operations in order; one that returns False is not done yet."""
+    """Operations in order; one that returns False is not done yet.
 
-    def __init__(self) -> None:
+    Args:
+        shared: of streams that the driver has mapped to one queue of the hardware: what was
+            launched earlier, on whichever, comes first.
+    """
+
+    def __init__(self, shared: deque[Stream] | None = None) -> None:
         self.queue: deque[Callable[[], bool | None]] = deque()
         self.put_in = self.done = 0
+        self.shared = shared
 
     def put(self, operation: Callable[[], bool | None]) -> None:
         self.queue.append(operation)
         self.put_in += 1
+        if self.shared is not None:
+            self.shared.append(self)
 
     def advance(self) -> bool:
-        if not self.queue or self.queue[0]() is False:
+        if not self.queue or (self.shared is not None and self.shared[0] is not self):
             return False
+        if self.queue[0]() is False:
+            return False
+        if self.shared is not None:
+            self.shared.popleft()
         self.queue.popleft()
         self.done += 1
         return True
@@ -70,6 +82,7 @@ class World:
         ring_bytes: of every channel's ring.
         seed: of the order in which streams go on.
         first: number before that of the first piece.
+        one_queue: every rank's streams share a queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``).
     """
 
     def __init__(
@@ -80,9 +93,12 @@ class World:
         ring_bytes: int,
         seed: int,
         first: int = 0,
+        one_queue: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.ranks = [Rank(index) for index in range(num_ranks)]
+        for rank in self.ranks if one_queue else ():
+            rank.current.shared = deque()
         self.streams = [rank.current for rank in self.ranks]
         self.closed: list[bool] = []
         self._running: threading.Semaphore | None = None
@@ -161,7 +177,7 @@ class SimulatedLane:
         self._rank = world.ranks[here]
         self._sends = here == source
         self._peer = destination if self._sends else source
-        self._stream = Stream()
+        self._stream = Stream(self._rank.current.shared)
         world.streams.append(self._stream)
         self._word = first % 2**32
         self._rank.flags[self._sends, self._peer] = first % 2**32
@@ -194,6 +210,12 @@ class SimulatedLane:
         half = to.numel() // 2
         self._stream.put(lambda: to[:half].copy_(source[:half]) is not None)
         self._stream.put(lambda: to[half:].copy_(source[half:]) is not None)
+
+    def add(self, total: Tensor, mine: Tensor | None, other: Tensor) -> None:
+        def compute() -> None:
+            total.copy_(other if mine is None else mine + other)
+
+        self._stream.put(compute)
 
     def signal(self) -> None:
         flags, key = self._world.ranks[self._peer].flags, (not self._sends, self._rank.index)

@@ -78,6 +78,9 @@ class ThreadLane:
     def copy(self, to, source) -> None:
         self._queue.put(lambda: to.copy_(source))
 
+    def add(self, total, mine, other) -> None:
+        self._queue.put(lambda: total.copy_(other if mine is None else mine + other))
+
     def signal(self) -> None:
         self._queue.put(lambda: self._their_flag.copy_(self._word))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from torch import nn
 
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.launch import run_ranks
-from dualpipe_ext.pipeline import mirror
+from dualpipe_ext.pipeline import copy_channel, mirror
 from dualpipe_ext.pipeline.p2p import Channel
 from dualpipe_ext.pipeline.plan import build_plan
+from dualpipe_ext.pipeline.ring import ALIGNMENT, MIN_BYTES, aligned
+from tests.pipeline.simulated_lanes import World
 from tests.pipeline.test_connections import ThreadLane, open_over_files
 
 CPU = torch.device("cpu")
@@ -52,7 +56,7 @@ def channels(transport, folder, timeout_s=BOUND_S):
             [0, 1],
             [(0, 1), (1, 0)],
             device=CPU,
-            ring_bytes=2048,
+            ring_bytes=4096,
             timeout_s=timeout_s,
         )
     return sorted(both, key=lambda channel: not channel.sends)
@@ -84,7 +88,7 @@ def _sum(transport, folder, bytes_):
     return [p.grad for p in module.parameters()]
 
 
-@pytest.mark.parametrize("bytes_", [8, 1000, 1 << 20])
+@pytest.mark.parametrize("bytes_", [256, 1000, 1 << 20])
 @pytest.mark.parametrize("transport", ["collective", "copy_engine"])
 def test_both_ranks_get_the_sum(transport, bytes_, tmp_path):
     mine, theirs = run_ranks(_sum, 2, transport, tmp_path, bytes_, run_timeout_s=60)
@@ -102,6 +106,35 @@ def test_both_ranks_get_the_sum(transport, bytes_, tmp_path):
             assert got.shape == p.shape
             assert got.dtype == total.dtype
             assert torch.equal(got, total)
+
+
+@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_streams(seed, one_queue, monkeypatch):
+    """Also where whatever waits holds up all that its rank has launched later."""
+    rng = random.Random(seed)
+    ring_bytes = rng.choice([1, 3, 40]) * MIN_BYTES
+    world = World(2, [(0, 1), (1, 0)], ring_bytes=ring_bytes, seed=seed, one_queue=one_queue)
+    monkeypatch.setattr(copy_channel.time, "sleep", lambda _: world.pause())
+    sizes = [rng.choice([0, 1, rng.randint(1, 3 * ring_bytes // 4)]) for _ in range(5)]
+    modules = [nn.Module(), nn.Module()]
+    for index, size in enumerate(sizes):
+        dtype = rng.choice([BF16, F32])
+        for module, has in zip(modules, rng.choice([(1, 1), (1, 1), (0, 1), (1, 0)]), strict=True):
+            parameter = nn.Parameter(torch.empty(size, dtype=dtype))
+            parameter.grad = torch.randn(size).to(dtype) if has else None
+            module.register_parameter(str(index), parameter)
+    both = list(zip(*(module.parameters() for module in modules), strict=True))
+    wanted = [sum(p.grad for p in copies if p.grad is not None) for copies in both]
+
+    def host(rank):
+        channels = world.channels[rank, rank, 1 - rank], world.channels[rank, 1 - rank, rank]
+        mirror.sum_mirrored_grads([modules[rank]], *channels)
+
+    world.run([partial(host, rank) for rank in range(2)])
+    for copies, total in zip(both, wanted, strict=True):
+        assert all(torch.equal(p.grad, total) for p in copies)
+    assert not any(channel._moving for channel in world.channels.values())
 
 
 def _refused(transport, folder):
@@ -144,19 +177,18 @@ def test_an_absent_rank_is_named(transport, tmp_path):
 
 
 def _lost_in_between(folder):
-    mirror._MESSAGE_BYTES = 64
+    mirror._MESSAGE_BYTES = 256
     outgoing, incoming = channels("copy_engine", folder, SHORT_S)
     if dist.get_rank() == 1:
-        posted = []
-        wait = incoming.wait
+        calls = count(1)
+        add = incoming.add
 
-        def stall(arriving, what, **options):
-            posted.append(what)
-            if len(posted) == 6:
+        def stall(*args, **options):
+            if next(calls) == 6:
                 time.sleep(3 * SHORT_S)
-            return wait(arriving, what, **options)
+            add(*args, **options)
 
-        incoming.wait = stall
+        incoming.add = stall
     with pytest.raises(CommTimeoutError) as caught:
         mirror.sum_mirrored_grads([make(dist.get_rank())], outgoing, incoming)
     return str(caught.value)
@@ -170,14 +202,15 @@ def test_a_rank_that_stalls_in_between_is_found(tmp_path):
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 50), st.sampled_from([BF16, F32, F64]))), st.integers(8, 99)
+    st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([BF16, F32, F64]))),
+    st.integers(ALIGNMENT, 4000),
 )
 def test_messages_hold_every_element_once(gradients, most):
     sums = [mirror._Sum(nn.Parameter(torch.zeros(n, dtype=dtype))) for n, dtype in gradients]
     messages = mirror._messages(sums, most)
     seen = {id(summed): [] for summed in sums}
     for message in messages:
-        assert sum((p.stop - p.start) * p.of.dtype.itemsize for p in message) <= most
+        assert sum(aligned((p.stop - p.start) * p.of.dtype.itemsize) for p in message) <= most
         for part in message:
             seen[id(part.of)].append((part.start, part.stop))
     for summed in sums:
@@ -185,9 +218,9 @@ def test_messages_hold_every_element_once(gradients, most):
         assert spans[0][0] == 0
         assert spans[-1][1] == summed.parameter.numel()
         assert all(a[1] == b[0] and b[0] < b[1] for a, b in pairwise(spans))
-    # No fewer would do, but for what is left of a message where an element does not fit.
-    total = sum(p.numel() * p.dtype.itemsize for p in (s.parameter for s in sums))
-    assert len(messages) <= 1 + total // max(1, most - 7)
+    # Only what another gradient's part would begin in is left of a message.
+    total = sum(aligned(s.parameter.numel() * s.dtype.itemsize) for s in sums)
+    assert len(messages) <= 1 + total // (most - ALIGNMENT + 1)
 
 
 def test_links_are_the_pairs_with_copies():
