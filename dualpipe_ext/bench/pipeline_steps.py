@@ -8,7 +8,7 @@ P pipeline ranks, R expert-parallel ranks, m micro-batches of T tokens. A model 
 ``step_layers`` layers without embedding and head, so that stages are equal, is cut into as many
 stages as the schedule has; a micro-batch goes through all of it. So a rank does the work of
 ``step_layers`` layers on m micro-batches under every schedule; DualPipe holds twice the parameters
-for it. There is no optimizer. Attributes of a step's actions, and its bubble, are those of
+for it. There is no optimizer; gradients are let go of before a step. Attributes of a step's actions, and its bubble, are those of
 ``StepRecord``; the mirrored gradients that DualPipe sums at the end count in the step's time, not
 in its span.
 """
@@ -133,6 +133,8 @@ class StepBench:
 
     def step(self) -> Tensor | None:
         """One step; the losses of the micro-batches where they end."""
+        for stage in self._stages:
+            stage.zero_grad()
         loss, _ = self._pipeline.step(
             self._inputs,
             num_chunks=self._options.num_chunks,
@@ -147,8 +149,6 @@ class StepBench:
 
     def fingerprint(self) -> tuple[float, float]:
         """Of a step: the sum of all losses, and of all squared gradients of the model."""
-        for stage in self._stages:
-            stage.zero_grad()
         loss = self.step()
         squares = sum(
             float(parameter.grad.norm(dtype=torch.float32)) ** 2
