@@ -1,4 +1,4 @@
-"""Numbers that ranks measure for themselves and then use alike."""
+"""What ranks tell each other through the host, such as numbers that they measure and use alike."""
 
 from __future__ import annotations
 
@@ -28,9 +28,15 @@ def largest_of_ranks(
 
 
 def gather_through_store(
-    key: str, group: dist.ProcessGroup, text: str, *, timeout_s: float, what: str
+    key: str,
+    group: dist.ProcessGroup,
+    text: str,
+    *,
+    timeout_s: float,
+    what: str,
+    ranks: Sequence[int] | None = None,
 ) -> list[str]:
-    """Every rank's text, by rank in the group; the host waits for them.
+    """Every rank's text, in the order of ``ranks``; the host waits for them.
 
     The store needs no GPU, has a time-out of its own, and knows nothing of what the group
     communicates meanwhile.
@@ -39,22 +45,73 @@ def gather_through_store(
         key: the same on all ranks of the group, and used once.
         timeout_s: longest wait, in seconds.
         what: for the error message, what the ranks come for.
+        ranks: of the group, those that take part, this one among them; by default all.
 
     Raises:
         CommTimeoutError: some ranks did not come; they are named.
     """
     store = dist.distributed_c10d._get_default_store()
     rank = dist.get_rank(group)
-    keys = [f"dualpipe/{group.group_name}/{key}/{one}" for one in range(group.size())]
+    keys = {one: _key(group, key, one) for one in (ranks or range(group.size()))}
     store.set(keys[rank], text)
     try:
-        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+        store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
     except RuntimeError:  # dist.DistStoreError
-        absent = [one for one, name in enumerate(keys) if not store.check([name])]
+        absent = [one for one, name in keys.items() if not store.check([name])]
         raise CommTimeoutError(
             f"rank {rank}, {what}: expected ranks {absent} to come within {timeout_s:g} s"
         ) from None
-    return [store.get(name).decode() for name in keys]
+    return [store.get(name).decode() for name in keys.values()]
+
+
+def _key(group: dist.ProcessGroup, key: str, rank: int) -> str:
+    return f"dualpipe/{group.group_name}/{key}/{rank}"
+
+
+class Meetings:
+    """Ranks that meet through the store, the host waiting for the others, again and again.
+
+    Args:
+        name: the same on these ranks, and no others'.
+        group: of ranks.
+        timeout_s: longest wait, in seconds.
+        what: for the error message, what they come for.
+        ranks: of the group, those that meet, this one among them; by default all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        what: str,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        self._name, self._group, self._ranks = name, group, ranks
+        self._timeout_s, self._what = timeout_s, what
+        self._calls = 0
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, in the order of ``ranks``.
+
+        Raises:
+            CommTimeoutError: some ranks did not come; they are named.
+        """
+        found = gather_through_store(
+            f"{self._name}/{self._calls}",
+            self._group,
+            text,
+            timeout_s=self._timeout_s,
+            what=self._what,
+            ranks=self._ranks,
+        )
+        if self._calls:
+            # All have come, so all have read what this rank said the last time.
+            before = f"{self._name}/{self._calls - 1}"
+            store = dist.distributed_c10d._get_default_store()
+            store.delete_key(_key(self._group, before, dist.get_rank(self._group)))
+        self._calls += 1
+        return found
 
 
 class Agreement:
@@ -69,9 +126,11 @@ class Agreement:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
-        self._group, self._timeout_s = group, timeout_s
-        self._ordinal = _made[group.group_name] = _made.get(group.group_name, -1) + 1
-        self._calls = 0
+        self._group = group
+        ordinal = _made[group.group_name] = _made.get(group.group_name, -1) + 1
+        self._meetings = Meetings(
+            f"agreement {ordinal}", group, timeout_s, "agreement on measured times"
+        )
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks for each of ``values``.
@@ -80,16 +139,7 @@ class Agreement:
             CommTimeoutError: a rank did not come; it is named.
             DualPipeError: another rank has another number of values.
         """
-        key = f"agreement {self._ordinal}/{self._calls}"
-        self._calls += 1
-        found = gather_through_store(
-            key,
-            self._group,
-            json.dumps(list(values)),
-            timeout_s=self._timeout_s,
-            what="agreement on measured times",
-        )
-        rows = [json.loads(text) for text in found]
+        rows = [json.loads(text) for text in self._meetings.gather(json.dumps(list(values)))]
         if len({len(row) for row in rows}) != 1:
             raise DualPipeError(
                 f"rank {dist.get_rank(self._group)}: expected as many measured times on all ranks, "

@@ -8,9 +8,9 @@ P pipeline ranks, R expert-parallel ranks, m micro-batches of T tokens. A model 
 ``step_layers`` layers without embedding and head, so that stages are equal, is cut into as many
 stages as the schedule has; a micro-batch goes through all of it. So a rank does the work of
 ``step_layers`` layers on m micro-batches under every schedule; DualPipe holds twice the parameters
-for it. There is no optimizer; gradients are let go of before a step. Attributes of a step's actions, and its bubble, are those of
-``StepRecord``; the mirrored gradients that DualPipe sums at the end count in the step's time, not
-in its span.
+for it. There is no optimizer; gradients are let go of before a step. Attributes of a step's
+actions, and its bubble, are those of ``StepRecord``; the mirrored gradients that DualPipe sums at
+the end count in the step's time, not in its span.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from dualpipe_ext.agreement import Meetings
 from dualpipe_ext.pipeline import copy_engine, messages, mirror
 from dualpipe_ext.pipeline.copy_channel import open_all
 from dualpipe_ext.pipeline.exchange import AnyChannel
+from dualpipe_ext.pipeline.mirror import MirrorLinks
 from dualpipe_ext.pipeline.p2p import Channel, close_all
 from dualpipe_ext.pipeline.plan import Plan
 from dualpipe_ext.timeouts import check_timeout
@@ -49,14 +51,14 @@ class Connections:
         transport: of the stages' messages, "copy_engine" or "collective".
         outgoing: to the ranks that take what its stages produce.
         incoming: from the ranks that produce what its stages take.
-        mirror: those to and from the rank with the copies of its stages, if gradients are summed.
-            They may be among those of the stages: at the end of a step these are empty.
+        mirror: those to and from the rank with the copies of its stages, if gradients are summed:
+            behind the stages' own messages, where they are neighbours.
     """
 
     transport: str
     outgoing: dict[int, AnyChannel] = field(default_factory=dict)
     incoming: dict[int, AnyChannel] = field(default_factory=dict)
-    mirror: tuple[AnyChannel, AnyChannel] | None = None
+    mirror: MirrorLinks | None = None
 
     def close(self, *, abort: bool) -> None:
         """Give all channels up, within a few seconds; with ``abort`` whatever is under way."""
@@ -120,7 +122,20 @@ def connect(
                     _add(found, [channel])
         if sync:
             other = mirror.mirror_rank(layout, rank)
-            found.mirror = found.outgoing[other], found.incoming[other]
+            pair = sorted((group.rank(), pipeline_ranks.index(other)))
+            meetings = Meetings(
+                f"copies {token}",
+                group,
+                options.timeout_s,
+                "sum of gradients with its stage copies",
+                pair,
+            )
+            found.mirror = MirrorLinks(
+                found.outgoing[other],
+                found.incoming[other],
+                meetings,
+                first=pair[0] == group.rank(),
+            )
     except BaseException:
         found.close(abort=True)
         raise

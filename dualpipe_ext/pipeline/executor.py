@@ -6,7 +6,7 @@ how, is in ``exchange.py``; how a stage runs is in ``stage.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class StepExecutor:
         training: forward and backward; else the forwards alone.
         zero_bubble: split I from W; else I does all of a backward, and W nothing.
         stopwatch: times the actions, if given.
+        on_grads: called with a stage once all its backwards have been launched, but for weight
+            gradients that a pair has left.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class StepExecutor:
         training: bool,
         zero_bubble: bool,
         stopwatch: Stopwatch | None,
+        on_grads: Callable[[int], None] | None = None,
     ) -> None:
         self._plan = plan
         self._rank = rank
@@ -80,6 +83,7 @@ class StepExecutor:
         self._training = training
         self._zero_bubble = zero_bubble
         self._stopwatch = stopwatch
+        self._on_grads = on_grads
         # Chunks between their forward and their backward, and between that and their W.
         self._graphs: dict[tuple[int, int], ChunkGraph] = {}
         self._owing: dict[tuple[int, int], ChunkGraph] = {}
@@ -87,9 +91,13 @@ class StepExecutor:
         self._handed: dict[Action, tuple[Sequence[Any], Sequence[bool]]] = {}
 
     def run(self) -> None:
-        """Run all actions; at the end everything is sent."""
+        """Run all actions."""
         self._exchange.look_ahead()
-        for step in self._plan.actions[self._rank]:
+        done: dict[int, list[int]] = {}
+        if self._on_grads is not None:
+            for stage, index in self._plan.last_backwards(self._rank).items():
+                done.setdefault(index, []).append(stage)
+        for index, step in enumerate(self._plan.actions[self._rank]):
             actions = [a for a in parts(step) if self._training or a.op is Op.F]
             if not actions:
                 continue
@@ -101,7 +109,8 @@ class StepExecutor:
             self._carry_out(actions, given)
             if self._stopwatch is not None:
                 self._stopwatch.add(str(step), asked, start, self._mark())
-        self._exchange.finish()
+            for stage in done.get(index, ()):
+                self._on_grads(stage)
         assert not any((self._graphs, self._owing, self._handed))
 
     def _mark(self) -> Any:

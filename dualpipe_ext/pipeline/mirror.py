@@ -2,19 +2,26 @@
 
 What belongs here: summing the gradients of the two copies of each stage, and checking that they are
 copies. A rank holds two stages, and the copies of both are on its mirror rank.
+
+A stage's sum follows, on the device, what has computed its gradients, so the first one of a rank
+runs beside what the other stage still computes. The host launches sums when all actions of the step
+are launched, and waits for nothing but the host of the mirror rank.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dualpipe_ext.agreement import Meetings
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.pipeline.copy_channel import Arriving
 from dualpipe_ext.pipeline.exchange import DTYPES, AnyChannel
@@ -77,77 +84,197 @@ def grads_set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
                 p.grad = grad
 
 
-@contextmanager
-def synced_grads(
-    modules: Sequence[nn.Module], outgoing: AnyChannel, incoming: AnyChannel
-) -> Iterator[None]:
-    """Sum the gradients that the body computes with those of the stage copies.
-
-    See :func:`sum_mirrored_grads` for the arguments.
-    """
-    with grads_set_aside(p for module in modules for p in module.parameters()):
-        yield
-        sum_mirrored_grads(modules, outgoing, incoming)
-
-
-@torch.no_grad()
-def sum_mirrored_grads(
-    modules: Iterable[nn.Module], outgoing: AnyChannel, incoming: AnyChannel
-) -> None:
-    """Add to every gradient that of the parameter's copy, and leave both ranks with the same bits.
+class MirrorLinks:
+    """What a rank has to do with its mirror rank.
 
     Args:
-        modules: the stages in the order of their place in the model, which is the same on both
-            ranks.
         outgoing: to the mirror rank.
         incoming: from it.
+        meetings: of the two ranks' hosts.
+        first: whether this rank comes first in a meeting.
+    """
+
+    def __init__(
+        self, outgoing: AnyChannel, incoming: AnyChannel, meetings: Meetings, first: bool
+    ) -> None:
+        self.outgoing, self.incoming = outgoing, incoming
+        self._meetings, self._first = meetings, first
+
+    def tell(self, codes: Sequence[int]) -> list[int]:
+        """Say something, and hear what the mirror rank says; the host waits for it."""
+        both = self._meetings.gather(json.dumps(list(codes)))
+        return json.loads(both[int(self._first)])
+
+
+def order_of_sums(plan: Plan, rank: int) -> list[int]:
+    """The stages of ``rank``, in the order in which the gradients of both copies are complete.
+
+    Both ranks come to the same order of model stages.
+    """
+    last = {one: plan.last_backwards(one) for one in (rank, mirror_rank(plan, rank))}
+    complete = dict.fromkeys(map(plan.model_stage, plan.stages_of(rank)), -1)
+    for backwards in last.values():
+        for stage, index in backwards.items():
+            model_stage = plan.model_stage(stage)
+            complete[model_stage] = max(complete[model_stage], index)
+    return sorted(
+        plan.stages_of(rank),
+        key=lambda stage: (complete[plan.model_stage(stage)], plan.model_stage(stage)),
+    )
+
+
+class GradSums:
+    """Adds to the gradients of one step those of the stage copies: both ranks get the same bits.
 
     A parameter without gradient on one rank gets the other's; without any on both, none. The order
     of summation is no question: a + b and b + a round alike.
 
-    Raises:
-        DualPipeError: a gradient is sparse, or of another dtype than its copy's.
-        CommTimeoutError: the mirror rank did not take its part in time.
+    Args:
+        modules: by stage, in an order that is that of their copies on the mirror rank.
+        links: to that rank.
+        device: of the modules.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        return
-    sums = _sums(parameters, outgoing, incoming)
-    messages = _messages(sums, min(_MESSAGE_BYTES, outgoing.piece_bytes))
-    posted: deque[Arriving | Incoming] = deque()
-    for number, parts in enumerate(messages):
-        # In lockstep with the mirror rank and not all at once: see exchange.py on what waits for
-        # the whole device.
-        while number + len(posted) < min(number + _AHEAD, len(messages)):
-            ahead = number + len(posted)
-            mine = [p.of.mine[p.span] for p in messages[ahead] if p.of.mine is not None]
-            outgoing.send(mine, f"gradients, message {ahead}", follow=False)
-            theirs = [p for p in messages[ahead] if p.of.theirs]
-            posted.append(incoming.receive([((p.stop - p.start,), p.of.dtype) for p in theirs]))
-        added = [part for part in parts if part.of.theirs]
-        totals = [part.of.total(part) for part in added]
-        # Both lanes have followed the list of gradients: only memory can be new.
-        incoming.add(
-            posted.popleft(),
-            f"the gradients of its stage copies, message {number}",
-            [None if part.of.mine is None else part.of.mine[part.span] for part in added],
-            totals,
-            follow=any(part.start == 0 for part in added),
-        )
-        for part in added:
-            part.of.end(part)
-    incoming.join()
-    incoming.drain()
-    outgoing.drain()
+
+    def __init__(
+        self, modules: Mapping[int, nn.Module], links: MirrorLinks, device: torch.device
+    ) -> None:
+        self._modules, self._links, self._device = modules, links, device
+        self._ready: dict[int, tuple[list[_Sum], Any]] = {}
+
+    def ready(self, stage: int) -> None:
+        """The current stream, or what it waits for, has been given all of a stage's gradients.
+
+        Raises:
+            DualPipeError: a gradient is sparse.
+        """
+        parameters = [p for p in self._modules[stage].parameters() if p.requires_grad]
+        sums = [_Sum(parameter) for parameter in parameters]
+        event = None
+        if self._device.type == "cuda":
+            if stage != list(self._modules)[-1]:
+                # Memory that is free now. Later it would be free only after what the current stream
+                # has been given by then, and the sum would have to wait for that.
+                for summed in sums:
+                    summed.allocate(mine_only=True)
+            event = torch.cuda.current_stream(self._device).record_event()
+        self._ready[stage] = sums, event
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Launch the sums; the current stream waits for them, the host for its mirror's alone.
+
+        All messages of the stages have been launched. Some time after it the channels must be
+        drained: only then is it sure that everything has come.
+
+        Raises:
+            DualPipeError: a gradient is sparse, or of another dtype than its copy's.
+            CommTimeoutError: the mirror rank did not take its part in time.
+        """
+        for stage in self._modules:
+            if stage not in self._ready:
+                self.ready(stage)
+        self._compare([summed for sums, _ in self._ready.values() for summed in sums])
+        beside = _Beside(self._device)
+        for stage in self._modules:
+            sums, event = self._ready.pop(stage)
+            with beside.after(event):
+                self._sum([one for one in sums if one.theirs or one.mine is not None], beside)
+        beside.join()
+
+    def _compare(self, sums: Sequence[_Sum]) -> None:
+        """Learn which of the gradients there are on the mirror rank."""
+        mine = [0 if one.mine is None else 1 + DTYPES.index(one.dtype) for one in sums]
+        for one, code in zip(sums, self._links.tell(mine), strict=True):
+            one.theirs = code > 0
+            if one.theirs and DTYPES[code - 1] is not one.dtype:
+                raise DualPipeError(
+                    f"expected gradients of one dtype in both copies of a stage, got {one.dtype} "
+                    f"here and {DTYPES[code - 1]} on rank {self._links.incoming.peer} (pipeline "
+                    f"ranks), for a parameter of shape {list(one.parameter.shape)}"
+                )
+
+    def _sum(self, sums: Sequence[_Sum], beside: _Beside) -> None:
+        outgoing, incoming = self._links.outgoing, self._links.incoming
+        messages = _messages(sums, min(_MESSAGE_BYTES, outgoing.piece_bytes))
+        posted: deque[Arriving | Incoming] = deque()
+        # Lanes have to follow once, for gradients, and where memory is new.
+        sent = False
+        follow = True
+        for number, parts in enumerate(messages):
+            # In lockstep with the mirror rank and not all at once: see _AHEAD, and exchange.py on
+            # what waits for the whole device.
+            while number + len(posted) < min(number + _AHEAD, len(messages)):
+                ahead = number + len(posted)
+                mine = [p.of.mine[p.span] for p in messages[ahead] if p.of.mine is not None]
+                outgoing.send(mine, f"gradients, message {ahead}", follow=not sent)
+                sent |= bool(mine)
+                theirs = [p for p in messages[ahead] if p.of.theirs]
+                posted.append(incoming.receive([((p.stop - p.start,), p.of.dtype) for p in theirs]))
+            added = [part for part in parts if part.of.theirs]
+            lacking = [part.of for part in added if part.of.total is None]
+            if lacking:
+                follow = True
+                with beside.at_home():
+                    for summed in lacking:
+                        summed.allocate()
+            incoming.add(
+                posted.popleft(),
+                f"the gradients of its stage copies, message {number}",
+                [None if part.of.mine is None else part.of.mine[part.span] for part in added],
+                [part.of.total[part.span] for part in added],
+                follow=follow,
+            )
+            follow &= not added
+            for part in added:
+                part.of.end(part)
+        incoming.join()
+
+
+class _Beside:
+    """The stream from which sums are launched, beside what the caller's has to do meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._home = self._side = None
+        if device.type == "cuda":
+            self._home, self._side = torch.cuda.current_stream(device), _side_stream(device)
+
+    def after(self, event: Any) -> AbstractContextManager[Any]:
+        """Make the stream current, behind ``event``."""
+        if self._side is None:
+            return nullcontext()
+        self._side.wait_event(event)
+        return torch.cuda.stream(self._side)
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Make the caller's stream current for the body, and let this one follow it."""
+        if self._side is None:
+            yield
+            return
+        with torch.cuda.stream(self._home):
+            yield
+        self._side.wait_stream(self._home)
+
+    def join(self) -> None:
+        """Let the caller's stream wait for this one."""
+        if self._side is not None:
+            self._home.wait_stream(self._side)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
 
 
 class _Sum:
     """A parameter's gradient here, and the one on the mirror rank, as it comes part by part.
 
     Attributes:
+        parameter: whose it is.
         dtype: of the gradient.
         mine: [elements], or None.
         theirs: whether there is one on the mirror rank.
+        total: [elements], for the sum, once there is memory for it.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -159,24 +286,21 @@ class _Sum:
             )
         self.parameter = parameter
         self.dtype = parameter.grad_dtype or parameter.dtype if grad is None else grad.dtype
-        self.mine = None if grad is None else grad.contiguous().view(-1)
+        self.mine = None if grad is None else grad.detach().contiguous().view(-1)
         self.theirs = False
-        self._total: Tensor | None = None
+        self.total: Tensor | None = None
 
-    def total(self, part: _Part) -> Tensor:
-        """Where the sum of a part belongs."""
-        if part.start == 0:
-            # Not in place: this rank's own gradient may still be on its way out.
-            self._total = torch.empty(
-                self.parameter.shape, dtype=self.dtype, device=self.parameter.device
-            )
-        return self._total.view(-1)[part.span]
+    def allocate(self, *, mine_only: bool = False) -> None:
+        """Take memory for the sum. New: this rank's own gradient may still be on its way out."""
+        if self.mine is not None or not mine_only:
+            like = self.parameter
+            self.total = torch.empty(like.numel(), dtype=self.dtype, device=like.device)
 
     def end(self, part: _Part) -> None:
         """With the last part, make the sum the gradient."""
         if part.stop == self.parameter.numel():
-            self.parameter.grad = self._total
-            self.mine = self._total = None
+            self.parameter.grad = self.total.view(self.parameter.shape)
+            self.mine = self.total = None
 
 
 class _Part(NamedTuple):
@@ -208,25 +332,3 @@ def _messages(sums: Iterable[_Sum], most: int) -> list[list[_Part]]:
             messages.append([])
             start, room = stop, most
     return messages
-
-
-def _sums(
-    parameters: Iterable[nn.Parameter], outgoing: AnyChannel, incoming: AnyChannel
-) -> list[_Sum]:
-    """The gradients that there are on one rank or on both, after telling each other of them."""
-    sums = [_Sum(parameter) for parameter in parameters]
-    mine = [0 if summed.mine is None else 1 + DTYPES.index(summed.dtype) for summed in sums]
-    outgoing.send(
-        [torch.tensor(mine, dtype=torch.uint8, device=outgoing.device)], "the list of gradients"
-    )
-    arriving = incoming.receive([((len(mine),), torch.uint8)])
-    (theirs,) = incoming.wait(arriving, "the list of its gradients", on_host=True)
-    for summed, code in zip(sums, theirs.tolist(), strict=True):
-        summed.theirs = code > 0
-        if summed.theirs and DTYPES[code - 1] is not summed.dtype:
-            raise DualPipeError(
-                f"expected gradients of one dtype in both copies of a stage, got {summed.dtype} "
-                f"here and {DTYPES[code - 1]} on rank {incoming.peer} (pipeline ranks), for a "
-                f"parameter of shape {list(summed.parameter.shape)}"
-            )
-    return [summed for summed in sums if summed.theirs or summed.mine is not None]

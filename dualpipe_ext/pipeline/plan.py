@@ -119,6 +119,15 @@ class Plan:
         """The virtual stages that ``rank`` runs, ascending."""
         return tuple(stage for stage, owner in enumerate(self.stage_rank) if owner == rank)
 
+    def last_backwards(self, rank: int) -> dict[int, int]:
+        """Behind which of the rank's steps, by index, a stage's gradients are all computed."""
+        return {
+            action.stage: index
+            for index, step in enumerate(self.actions[rank])
+            for action in parts(step)
+            if action.op is not Op.F
+        }
+
     def pipe_of(self, stage: int) -> int:
         """The index of the pipe that virtual stage ``stage`` belongs to."""
         for index, pipe in enumerate(self.pipes):

@@ -25,8 +25,9 @@ receiver is full of what was sent before.
 
 Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an error that names the
 ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
-first message of a stage boundary, at the end of the step, and, of ``peers``, where pairs take the
-order that their times ask for, once or a few times in a run. In between, every wait of the device
+first message of a stage boundary, before the gradients of stage copies are summed, at the end of
+the step, and, of ``peers``, where pairs take the order that their times ask for, once or a few
+times in a run. In between, every wait of the device
 ends after ``timeout_s`` too where copy engines send, and the host raises at its next call; with
 NCCL its watchdog ends the process if a peer stalls for longer than ``timeout_s`` and a minute.
 """
@@ -35,7 +36,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -234,11 +235,12 @@ class Pipeline(nn.Module):
         self._check_usable()
         plan = self._plan(num_chunks)
         training = torch.is_grad_enabled()
+        sync = training and self._sync
         batch = self._batch(plan, inputs, criterion, labels, return_outputs, training)
         try:
             with self._launcher.step():
-                with self._synced_grads(plan) if training and self._sync else nullcontext():
-                    self._run(plan, batch, training)
+                with mirror.grads_set_aside(self.parameters()) if sync else nullcontext():
+                    self._run(plan, batch, training, sync)
                 if any(batch.needs_grad):
                     grads = [batch.input_grads[chunk] for chunk in sorted(batch.input_grads)]
                     microbatch.backward_inputs(inputs, grads, self.batch_dim)
@@ -314,7 +316,7 @@ class Pipeline(nn.Module):
             batch.labels = microbatch.split("labels", labels, per_pipe, self.batch_dim)
         return batch
 
-    def _run(self, plan: Plan, batch: Batch, training: bool) -> None:
+    def _run(self, plan: Plan, batch: Batch, training: bool, sync: bool) -> None:
         zero_bubble, dynamic_shapes, record = self._options
         exchange = Exchange(
             plan,
@@ -331,6 +333,7 @@ class Pipeline(nn.Module):
                 if plan.is_first(stage):
                     exchange.mark_varying(stage)
         stopwatch = Stopwatch(self._device) if record else None
+        sums = self._grad_sums(plan) if sync else None
         StepExecutor(
             plan,
             self.rank,
@@ -340,19 +343,28 @@ class Pipeline(nn.Module):
             training=training,
             zero_bubble=zero_bubble,
             stopwatch=stopwatch,
+            on_grads=None if sums is None else partial(self._have_grads, sums),
         ).run()
         self._launcher.catch_up()
         assert not len(self._store)
+        if sums is not None:
+            if self.transport == "collective":
+                # NCCL waits on SMs, which are needed until everything is computed.
+                exchange.finish()
+            sums.run()
+        exchange.finish()
         if stopwatch is not None:
             self.last_step = stopwatch.record()
 
-    def _synced_grads(self, plan: Plan) -> AbstractContextManager[None]:
-        """Around a training step: sum what it adds to the gradients with the copies."""
+    def _grad_sums(self, plan: Plan) -> mirror.GradSums:
+        order = mirror.order_of_sums(plan, self.rank)
+        modules = {stage: self._local[stage].module for stage in order}
         assert self._connections.mirror is not None
-        ordered = sorted(self._local, key=plan.model_stage)
-        return mirror.synced_grads(
-            [self._local[s].module for s in ordered], *self._connections.mirror
-        )
+        return mirror.GradSums(modules, self._connections.mirror, self._device)
+
+    def _have_grads(self, sums: mirror.GradSums, stage: int) -> None:
+        self._launcher.catch_up()
+        sums.ready(stage)
 
 
 class DualPipe(Pipeline):

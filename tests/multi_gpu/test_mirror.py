@@ -53,8 +53,8 @@ def _summed(transport, ring_bytes, slow):
     modules = [module_of(stage, rank, ring_bytes) for stage in range(2)]
     copies = [module_of(stage, 1 - rank, ring_bytes) for stage in range(2)]
     pipeline = DualPipe(modules, transport=transport, ring_bytes=ring_bytes, timeout_s=30)
-    outgoing, incoming = pipeline._connections.mirror
-    for channel in (outgoing, incoming) if rank in slow else ():
+    links = pipeline._connections.mirror
+    for channel in (links.outgoing, links.incoming) if rank in slow else ():
         hold_back(channel, random.Random(2 * rank + channel.sends))
     pairs = [
         (p, q)
@@ -63,10 +63,15 @@ def _summed(transport, ring_bytes, slow):
     ]
     wanted = [p.grad + q.grad for p, q in pairs]
     for _ in range(ROUNDS):  # from the second on, sums of sums
-        mirror.sum_mirrored_grads(modules, outgoing, incoming)
+        sums = mirror.GradSums(dict(enumerate(modules)), links, torch.device("cuda", rank))
+        sums.ready(0)
+        torch.cuda._sleep(MOST_CYCLES)  # what the other stage still computes
+        sums.run()
     for _ in range(ROUNDS - 1):
         wanted = [total + total for total in wanted]
     same = [torch.equal(p.grad, total) for (p, _), total in zip(pairs, wanted, strict=True)]
+    links.incoming.drain()
+    links.outgoing.drain()
     pipeline.close()
     return all(same)
 

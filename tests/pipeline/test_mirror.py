@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dualpipe_ext.agreement import Meetings
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline import copy_channel, mirror
@@ -62,6 +63,19 @@ def channels(transport, folder, timeout_s=BOUND_S):
     return sorted(both, key=lambda channel: not channel.sends)
 
 
+def links_of(channels, timeout_s=BOUND_S):
+    rank = dist.get_rank()
+    meetings = Meetings("copies", dist.group.WORLD, timeout_s, "sum of gradients")
+    return mirror.MirrorLinks(*channels, meetings, first=rank == 0)
+
+
+def sum_grads(modules, links):
+    """All at once, to the end."""
+    mirror.GradSums(dict(enumerate(modules)), links, CPU).run()
+    links.incoming.drain()
+    links.outgoing.drain()
+
+
 def make(rank):
     """A module with PARAMETERS and their gradients of ``rank``."""
     module = nn.Module()
@@ -81,11 +95,13 @@ def make(rank):
 
 def _sum(transport, folder, bytes_):
     mirror._MESSAGE_BYTES = bytes_
-    outgoing, incoming = channels(transport, folder)
-    module = make(dist.get_rank())
+    links = links_of(channels(transport, folder))
+    modules = [make(dist.get_rank()) for _ in range(2)]
     for _ in range(3):  # the third sums what the second has summed
-        mirror.sum_mirrored_grads([module], outgoing, incoming)
-    return [p.grad for p in module.parameters()]
+        sum_grads(modules, links)
+    grads = [[p.grad for p in module.parameters()] for module in modules]
+    assert all(b is None if a is None else torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    return grads[0]
 
 
 @pytest.mark.parametrize("bytes_", [256, 1000, 1 << 20])
@@ -127,9 +143,19 @@ def test_any_order_of_streams(seed, one_queue, monkeypatch):
     both = list(zip(*(module.parameters() for module in modules), strict=True))
     wanted = [sum(p.grad for p in copies if p.grad is not None) for copies in both]
 
+    told = {}
+
+    class Links(mirror.MirrorLinks):
+        def tell(self, codes):
+            rank = self.outgoing.rank
+            told[rank] = codes
+            while 1 - rank not in told:
+                world.pause()
+            return told[1 - rank]
+
     def host(rank):
         channels = world.channels[rank, rank, 1 - rank], world.channels[rank, 1 - rank, rank]
-        mirror.sum_mirrored_grads([modules[rank]], *channels)
+        sum_grads([modules[rank]], Links(*channels, None, None))
 
     world.run([partial(host, rank) for rank in range(2)])
     for copies, total in zip(both, wanted, strict=True):
@@ -139,18 +165,18 @@ def test_any_order_of_streams(seed, one_queue, monkeypatch):
 
 def _refused(transport, folder):
     rank = dist.get_rank()
-    outgoing, incoming = channels(transport, folder)
+    links = links_of(channels(transport, folder))
     module = nn.Linear(3, 2)
     module.weight.grad = torch.zeros(2, 3).to_sparse()
     with pytest.raises(DualPipeError, match=r"expected dense gradients.*of shape \[2, 3\]"):
-        mirror.sum_mirrored_grads([module], outgoing, incoming)
+        sum_grads([module], links)
     module.weight.grad = None
     module.bias.grad_dtype = None
     module.bias.grad = torch.zeros(2, dtype=(F32, BF16)[rank])
     here, there = (("float32", "bfloat16"), ("bfloat16", "float32"))[rank]
     message = rf"torch.{here} here and torch.{there} on rank {1 - rank} .* shape \[2\]"
     with pytest.raises(DualPipeError, match=message):
-        mirror.sum_mirrored_grads([module], outgoing, incoming)
+        sum_grads([module], links)
     return True
 
 
@@ -159,13 +185,13 @@ def test_what_is_refused(tmp_path):
 
 
 def _absent(transport, folder):
-    outgoing, incoming = channels(transport, folder, SHORT_S)
+    links = links_of(channels(transport, folder, SHORT_S), SHORT_S)
     if dist.get_rank() == 1:
         time.sleep(3 * SHORT_S)
         return None
     began = time.monotonic()
     with pytest.raises(CommTimeoutError) as caught:
-        mirror.sum_mirrored_grads([make(0)], outgoing, incoming)
+        sum_grads([make(0)], links)
     assert time.monotonic() - began < 3 * SHORT_S
     return str(caught.value)
 
@@ -173,12 +199,13 @@ def _absent(transport, folder):
 @pytest.mark.parametrize("transport", ["collective", "copy_engine"])
 def test_an_absent_rank_is_named(transport, tmp_path):
     text = run_ranks(_absent, 2, transport, tmp_path, run_timeout_s=60)[0]
-    assert text.startswith("rank 0 waited 2 s for rank 1 to send the list of its gradients")
+    assert text == "rank 0, sum of gradients: expected ranks [1] to come within 2 s"
 
 
 def _lost_in_between(folder):
     mirror._MESSAGE_BYTES = 256
-    outgoing, incoming = channels("copy_engine", folder, SHORT_S)
+    links = links_of(channels("copy_engine", folder, SHORT_S), SHORT_S)
+    incoming = links.incoming
     if dist.get_rank() == 1:
         calls = count(1)
         add = incoming.add
@@ -190,7 +217,7 @@ def _lost_in_between(folder):
 
         incoming.add = stall
     with pytest.raises(CommTimeoutError) as caught:
-        mirror.sum_mirrored_grads([make(dist.get_rank())], outgoing, incoming)
+        sum_grads([make(dist.get_rank())], links)
     return str(caught.value)
 
 
@@ -221,6 +248,17 @@ def test_messages_hold_every_element_once(gradients, most):
     # Only what another gradient's part would begin in is left of a message.
     total = sum(aligned(s.parameter.numel() * s.dtype.itemsize) for s in sums)
     assert len(messages) <= 1 + total // (most - ALIGNMENT + 1)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_both_ranks_sum_in_the_order_in_which_stages_are_complete(num_ranks):
+    plan = build_plan("dualpipe", num_ranks=num_ranks, num_chunks=2 * num_ranks)
+    for rank in range(num_ranks):
+        order = mirror.order_of_sums(plan, rank)
+        theirs = mirror.order_of_sums(plan, mirror.mirror_rank(plan, rank))
+        assert [*map(plan.model_stage, order)] == [*map(plan.model_stage, theirs)]
+        last = plan.last_backwards(rank)
+        assert last[order[0]] < last[order[1]] == len(plan.actions[rank]) - 1
 
 
 def test_links_are_the_pairs_with_copies():
