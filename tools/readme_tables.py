@@ -255,10 +255,11 @@ def _pairs_of(rows: Sequence[Row]) -> str:
 
 
 def steps() -> str:
-    """Whole steps under each schedule; by ranks."""
+    """Whole steps under each schedule, as stages of one host send by default; by ranks."""
     sizes = ("pp", "ep", "layers", "num_chunks", "tokens", "hidden", "experts")
     rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"))
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
+    rows = [row for row in rows if row["stage_transport"] == "copy_engine"]
     return "\n".join(_steps_of(group) for group in _by(rows, *sizes))
 
 
@@ -274,14 +275,12 @@ def _steps_of(rows: Sequence[Row]) -> str:
         "ms simulated": number("predicted_span_ms"),
         "ms to its last action": number("span_ms"),
     }
-    sent = {row["stage_transport"] for row in rows} - {""}
-    sends = f", from stage to stage by {', '.join(sorted(sent))}" if sent else ""
     return (
         f"{markdown(rows, columns)}\n"
         f"*{first['pp']} pipeline x {first['ep']} expert-parallel ranks of {first['layers']} "
-        f"layers{sends}, {first['num_chunks']} micro-batches of {first['tokens']} tokens x "
-        f"{first['hidden']}, {first['experts']} experts; the simulator is given the medians of the "
-        f"actions' times. On {source(rows)}*\n"
+        f"layers, from stage to stage by copy engine, {first['num_chunks']} micro-batches of "
+        f"{first['tokens']} tokens x {first['hidden']}, {first['experts']} experts; the simulator "
+        f"is given the medians of the actions' times. On {source(rows)}*\n"
     )
 
 
