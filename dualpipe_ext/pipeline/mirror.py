@@ -127,7 +127,8 @@ class GradSums:
     """Adds to the gradients of one step those of the stage copies: both ranks get the same bits.
 
     A parameter without gradient on one rank gets the other's; without any on both, none. The order
-    of summation is no question: a + b and b + a round alike.
+    of summation is no question: a + b and b + a round alike. A parameter that several modules share
+    is summed once, with the last of them.
 
     Args:
         modules: by stage, in an order that is that of their copies on the mirror rank.
@@ -138,7 +139,12 @@ class GradSums:
     def __init__(
         self, modules: Mapping[int, nn.Module], links: MirrorLinks, device: torch.device
     ) -> None:
-        self._modules, self._links, self._device = modules, links, device
+        self._links, self._device = links, device
+        stage_of = {p: stage for stage, module in modules.items() for p in module.parameters()}
+        self._parameters: dict[int, list[nn.Parameter]] = {stage: [] for stage in modules}
+        for parameter, stage in stage_of.items():
+            if parameter.requires_grad:
+                self._parameters[stage].append(parameter)
         self._ready: dict[int, tuple[list[_Sum], Any]] = {}
 
     def ready(self, stage: int) -> None:
@@ -147,11 +153,10 @@ class GradSums:
         Raises:
             DualPipeError: a gradient is sparse.
         """
-        parameters = [p for p in self._modules[stage].parameters() if p.requires_grad]
-        sums = [_Sum(parameter) for parameter in parameters]
+        sums = [_Sum(parameter) for parameter in self._parameters[stage]]
         event = None
         if self._device.type == "cuda":
-            if stage != list(self._modules)[-1]:
+            if stage != list(self._parameters)[-1]:
                 # Memory that is free now. Later it would be free only after what the current stream
                 # has been given by then, and the sum would have to wait for that.
                 for summed in sums:
@@ -170,12 +175,12 @@ class GradSums:
             DualPipeError: a gradient is sparse, or of another dtype than its copy's.
             CommTimeoutError: the mirror rank did not take its part in time.
         """
-        for stage in self._modules:
+        for stage in self._parameters:
             if stage not in self._ready:
                 self.ready(stage)
-        self._compare([summed for sums, _ in self._ready.values() for summed in sums])
+        self._compare([one for stage in self._parameters for one in self._ready[stage][0]])
         beside = _Beside(self._device)
-        for stage in self._modules:
+        for stage in self._parameters:
             sums, event = self._ready.pop(stage)
             with beside.after(event):
                 self._sum([one for one in sums if one.theirs or one.mine is not None], beside)
@@ -184,7 +189,14 @@ class GradSums:
     def _compare(self, sums: Sequence[_Sum]) -> None:
         """Learn which of the gradients there are on the mirror rank."""
         mine = [0 if one.mine is None else 1 + DTYPES.index(one.dtype) for one in sums]
-        for one, code in zip(sums, self._links.tell(mine), strict=True):
+        theirs = self._links.tell(mine)
+        if len(theirs) != len(mine):
+            raise DualPipeError(
+                f"expected both copies of a rank's stages to have as many parameters to train, got "
+                f"{len(mine)} here and {len(theirs)} on rank {self._links.incoming.peer} (pipeline "
+                f"ranks)"
+            )
+        for one, code in zip(sums, theirs, strict=True):
             one.theirs = code > 0
             if one.theirs and DTYPES[code - 1] is not one.dtype:
                 raise DualPipeError(

@@ -177,11 +177,36 @@ def _refused(transport, folder):
     message = rf"torch.{here} here and torch.{there} on rank {1 - rank} .* shape \[2\]"
     with pytest.raises(DualPipeError, match=message):
         sum_grads([module], links)
+    # A layer more on one rank than on the other.
+    message = rf"as many parameters to train, got {2 + rank} here and {3 - rank} on rank {1 - rank}"
+    module.bias.grad = None
+    with pytest.raises(DualPipeError, match=message):
+        sum_grads([module, *[nn.Linear(1, 1, bias=False)] * rank], links)
     return True
 
 
 def test_what_is_refused(tmp_path):
     assert all(run_ranks(_refused, 2, "collective", tmp_path, run_timeout_s=60))
+
+
+def _tied(folder):
+    """The last stage to end adds to the gradient that it shares with the other."""
+    links = links_of(channels("collective", folder))
+    modules = [make(dist.get_rank()) for _ in range(2)]
+    shared = nn.Parameter(torch.zeros(3))
+    modules[0].register_parameter("shared", shared)
+    modules[1].register_parameter("too", shared)
+    shared.grad = torch.full((3,), 1.0 + dist.get_rank())
+    sums = mirror.GradSums(dict(enumerate(modules)), links, CPU)
+    sums.ready(0)
+    shared.grad += 10
+    sums.ready(1)
+    sums.run()
+    return shared.grad.tolist()
+
+
+def test_a_parameter_of_both_stages_is_summed_once(tmp_path):
+    assert run_ranks(_tied, 2, tmp_path, run_timeout_s=60) == [[23.0] * 3] * 2
 
 
 def _absent(transport, folder):
