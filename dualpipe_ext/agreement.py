@@ -49,19 +49,27 @@ def gather_through_store(
 
     Raises:
         CommTimeoutError: some ranks did not come; they are named.
+        DualPipeError: the store is lost, with the process that holds it.
     """
     store = dist.distributed_c10d._get_default_store()
     rank = dist.get_rank(group)
     keys = {one: _key(group, key, one) for one in (ranks or range(group.size()))}
-    store.set(keys[rank], text)
     try:
-        store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
-    except RuntimeError:  # dist.DistStoreError
-        absent = [one for one, name in keys.items() if not store.check([name])]
-        raise CommTimeoutError(
-            f"rank {rank}, {what}: expected ranks {absent} to come within {timeout_s:g} s"
-        ) from None
-    return [store.get(name).decode() for name in keys.values()]
+        store.set(keys[rank], text)
+        try:
+            store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # what a time-out is depends on the kind of store
+            absent = [one for one, name in keys.items() if not store.check([name])]
+            raise CommTimeoutError(
+                f"rank {rank}, {what}: expected ranks {absent} to come within {timeout_s:g} s"
+            ) from None
+        return [store.get(name).decode() for name in keys.values()]
+    except dist.DistNetworkError as error:
+        raise DualPipeError(
+            f"rank {rank}, {what}: lost the store through which ranks meet: {error}"
+        ) from error
 
 
 def _key(group: dist.ProcessGroup, key: str, rank: int) -> str:
@@ -77,6 +85,9 @@ class Meetings:
         timeout_s: longest wait, in seconds.
         what: for the error message, what they come for.
         ranks: of the group, those that meet, this one among them; by default all.
+
+    Attributes:
+        place: of this rank among them.
     """
 
     def __init__(
@@ -87,7 +98,9 @@ class Meetings:
         what: str,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        self._name, self._group, self._ranks = name, group, ranks
+        self._name, self._group = name, group
+        self._ranks = list(ranks or range(group.size()))
+        self.place = self._ranks.index(dist.get_rank(group))
         self._timeout_s, self._what = timeout_s, what
         self._calls = 0
 
@@ -96,6 +109,7 @@ class Meetings:
 
         Raises:
             CommTimeoutError: some ranks did not come; they are named.
+            DualPipeError: the store is lost.
         """
         found = gather_through_store(
             f"{self._name}/{self._calls}",

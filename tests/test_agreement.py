@@ -50,6 +50,27 @@ def absent() -> str:
     return str(caught.value)
 
 
+class Lost:
+    def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("connection reset")
+
+
+def without_a_store() -> str:
+    agreement = Agreement(dist.group.WORLD, 5)
+    dist.distributed_c10d._get_default_store = Lost
+    with pytest.raises(DualPipeError) as caught:
+        agreement.largest([1.0])
+    return str(caught.value)
+
+
+def test_a_lost_store_is_told() -> None:
+    (text,) = run_ranks(without_a_store, 1)
+    assert text == (
+        "rank 0, agreement on measured times: lost the store through which ranks meet: "
+        "connection reset"
+    )
+
+
 def test_who_does_not_come_is_named() -> None:
     first, _, third = run_ranks(absent, NUM_RANKS)
     for rank, message in ((0, first), (2, third)):

@@ -122,20 +122,12 @@ def connect(
                     _add(found, [channel])
         if sync:
             other = mirror.mirror_rank(layout, rank)
-            pair = sorted((group.rank(), pipeline_ranks.index(other)))
-            meetings = Meetings(
-                f"copies {token}",
-                group,
-                options.timeout_s,
-                "sum of gradients with its stage copies",
-                pair,
-            )
-            found.mirror = MirrorLinks(
-                found.outgoing[other],
-                found.incoming[other],
-                meetings,
-                first=pair[0] == group.rank(),
-            )
+            meetings = None
+            if found.transport == "copy_engine":
+                pair = sorted((group.rank(), pipeline_ranks.index(other)))
+                what = "sum of gradients with its stage copies"
+                meetings = Meetings(f"copies {token}", group, options.timeout_s, what, pair)
+            found.mirror = MirrorLinks(found.outgoing[other], found.incoming[other], meetings)
     except BaseException:
         found.close(abort=True)
         raise

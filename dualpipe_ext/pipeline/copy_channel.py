@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dualpipe_ext.errors import CommTimeoutError
-from dualpipe_ext.pipeline.p2p import as_bytes
+from dualpipe_ext.pipeline.p2p import as_bytes, plain
 from dualpipe_ext.pipeline.ring import Piece, Ring
 
 _POLL_S = 100e-6
@@ -188,8 +188,7 @@ class CopyChannel:
         """
         assert self.sends
         self.release_sent()
-        tensors = [tensor.contiguous() for tensor in tensors]
-        parts = [as_bytes(tensor) for tensor in tensors]
+        parts = [as_bytes(plain(tensor)) for tensor in tensors]
         pieces = self._ring.pieces([part.numel() for part in parts])
         if not pieces:
             return

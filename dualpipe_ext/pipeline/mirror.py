@@ -5,7 +5,8 @@ copies. A rank holds two stages, and the copies of both are on its mirror rank.
 
 A stage's sum follows, on the device, what has computed its gradients, so the first one of a rank
 runs beside what the other stage still computes. The host launches sums when all actions of the step
-are launched, and waits for nothing but the host of the mirror rank.
+are launched. By copy engine it waits for nothing else but the host of the mirror rank; over NCCL,
+whose waits take SMs, until both have computed the step.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from dualpipe_ext.agreement import Meetings
-from dualpipe_ext.errors import DualPipeError
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.pipeline.copy_channel import Arriving
 from dualpipe_ext.pipeline.exchange import DTYPES, AnyChannel
-from dualpipe_ext.pipeline.p2p import Incoming
+from dualpipe_ext.pipeline.p2p import Incoming, plain
 from dualpipe_ext.pipeline.plan import Plan
 from dualpipe_ext.pipeline.ring import ALIGNMENT, aligned
 
@@ -35,6 +36,7 @@ _MESSAGE_BYTES = 64 << 20
 # Messages on their way, the one being added included; as many as the ring of a copy engine's
 # channel holds for certain. With more, ranks could wait for each other (docs/internals.md).
 _AHEAD = 3
+_AGAIN = "again"  # what a rank says that has nothing new to say
 
 
 def mirror_rank(plan: Plan, rank: int) -> int:
@@ -90,20 +92,56 @@ class MirrorLinks:
     Args:
         outgoing: to the mirror rank.
         incoming: from it.
-        meetings: of the two ranks' hosts.
-        first: whether this rank comes first in a meeting.
+        meetings: of the two ranks' hosts, the lower one first. Without, they tell each other
+            through the channels, for which the device must have come that far.
     """
 
     def __init__(
-        self, outgoing: AnyChannel, incoming: AnyChannel, meetings: Meetings, first: bool
+        self, outgoing: AnyChannel, incoming: AnyChannel, meetings: Meetings | None = None
     ) -> None:
         self.outgoing, self.incoming = outgoing, incoming
-        self._meetings, self._first = meetings, first
+        self._meetings = meetings
+        self._told: list[int] = []
+        self._heard: list[int] = []
 
-    def tell(self, codes: Sequence[int]) -> list[int]:
-        """Say something, and hear what the mirror rank says; the host waits for it."""
-        both = self._meetings.gather(json.dumps(list(codes)))
-        return json.loads(both[int(self._first)])
+    def tell(self, codes: list[int]) -> list[int]:
+        """Say something, and hear what the mirror rank says; the host waits for it.
+
+        Args:
+            codes: integers from -128 to 127, not always as many as there.
+
+        Raises:
+            CommTimeoutError: the other rank did not come in time.
+        """
+        return self._in_band(codes) if self._meetings is None else self._met(codes)
+
+    def _in_band(self, codes: list[int]) -> list[int]:
+        (number,) = self._swap([len(codes)], 1, torch.int64)
+        return self._swap(codes, number, torch.int8)
+
+    def _swap(self, mine: list[int], number: int, dtype: torch.dtype) -> list[int]:
+        tensor = torch.tensor(mine, dtype=dtype, device=self.outgoing.device)
+        self.outgoing.send([tensor], "the list of gradients")
+        arriving = self.incoming.receive([((number,), dtype)])
+        (theirs,) = self.incoming.wait(arriving, "the list of its gradients", on_host=True)
+        return theirs.tolist()
+
+    def _met(self, codes: list[int]) -> list[int]:
+        rank, peer = self.outgoing.rank, self.outgoing.peer
+        # Nearly always the same as the last time: a store is no place for much.
+        text = json.dumps(codes) if codes != self._told else _AGAIN
+        try:
+            both = self._meetings.gather(text)
+        except CommTimeoutError as error:
+            raise CommTimeoutError(
+                f"rank {rank} waited {self.outgoing.timeout_s:g} s for rank {peer} to sum the "
+                f"gradients of stage copies (pipeline ranks)"
+            ) from error
+        self._told = codes
+        theirs = both[1 - self._meetings.place]
+        if theirs != _AGAIN:
+            self._heard = json.loads(theirs)
+        return self._heard
 
 
 def order_of_sums(plan: Plan, rank: int) -> list[int]:
@@ -164,6 +202,12 @@ class GradSums:
             event = torch.cuda.current_stream(self._device).record_event()
         self._ready[stage] = sums, event
 
+    def _complete(self, stage: int) -> None:
+        """Be sure that a stage's gradients are complete: another stage may use its parameters."""
+        known = self._ready.get(stage)
+        if known is None or any(summed.changed() for summed in known[0]):
+            self.ready(stage)
+
     @torch.no_grad()
     def run(self) -> None:
         """Launch the sums; the current stream waits for them, the host for its mirror's alone.
@@ -176,19 +220,19 @@ class GradSums:
             CommTimeoutError: the mirror rank did not take its part in time.
         """
         for stage in self._parameters:
-            if stage not in self._ready:
-                self.ready(stage)
+            self._complete(stage)
         self._compare([one for stage in self._parameters for one in self._ready[stage][0]])
         beside = _Beside(self._device)
         for stage in self._parameters:
             sums, event = self._ready.pop(stage)
             with beside.after(event):
-                self._sum([one for one in sums if one.theirs or one.mine is not None], beside)
+                present = [one for one in sums if one.theirs or one.mine is not None]
+                self._sum(present, f"gradients of stage {stage}", beside)
         beside.join()
 
     def _compare(self, sums: Sequence[_Sum]) -> None:
         """Learn which of the gradients there are on the mirror rank."""
-        mine = [0 if one.mine is None else 1 + DTYPES.index(one.dtype) for one in sums]
+        mine = [one.code() for one in sums]
         theirs = self._links.tell(mine)
         if len(theirs) != len(mine):
             raise DualPipeError(
@@ -198,14 +242,17 @@ class GradSums:
             )
         for one, code in zip(sums, theirs, strict=True):
             one.theirs = code > 0
-            if one.theirs and DTYPES[code - 1] is not one.dtype:
+            dtype = DTYPES[abs(code) - 1] if code else one.dtype
+            if one.mine is None and one.dtype is None:
+                one.dtype = dtype
+            if dtype is not one.dtype and (one.theirs or one.mine is not None):
                 raise DualPipeError(
                     f"expected gradients of one dtype in both copies of a stage, got {one.dtype} "
-                    f"here and {DTYPES[code - 1]} on rank {self._links.incoming.peer} (pipeline "
-                    f"ranks), for a parameter of shape {list(one.parameter.shape)}"
+                    f"here and {dtype} on rank {self._links.incoming.peer} (pipeline ranks), for a "
+                    f"parameter of shape {list(one.parameter.shape)}"
                 )
 
-    def _sum(self, sums: Sequence[_Sum], beside: _Beside) -> None:
+    def _sum(self, sums: Sequence[_Sum], what: str, beside: _Beside) -> None:
         outgoing, incoming = self._links.outgoing, self._links.incoming
         messages = _messages(sums, min(_MESSAGE_BYTES, outgoing.piece_bytes))
         posted: deque[Arriving | Incoming] = deque()
@@ -218,8 +265,8 @@ class GradSums:
             while number + len(posted) < min(number + _AHEAD, len(messages)):
                 ahead = number + len(posted)
                 mine = [p.of.mine[p.span] for p in messages[ahead] if p.of.mine is not None]
-                outgoing.send(mine, f"gradients, message {ahead}", follow=not sent)
-                sent |= bool(mine)
+                outgoing.send(mine, f"{what}, message {ahead}", follow=not sent)
+                sent |= any(tensor.numel() for tensor in mine)  # else nothing has followed
                 theirs = [p for p in messages[ahead] if p.of.theirs]
                 posted.append(incoming.receive([((p.stop - p.start,), p.of.dtype) for p in theirs]))
             added = [part for part in parts if part.of.theirs]
@@ -231,7 +278,7 @@ class GradSums:
                         summed.allocate()
             incoming.add(
                 posted.popleft(),
-                f"the gradients of its stage copies, message {number}",
+                f"the copy's {what}, message {number}",
                 [None if part.of.mine is None else part.of.mine[part.span] for part in added],
                 [part.of.total[part.span] for part in added],
                 follow=follow,
@@ -283,7 +330,7 @@ class _Sum:
 
     Attributes:
         parameter: whose it is.
-        dtype: of the gradient.
+        dtype: of the gradient; None if it may be any and there is none.
         mine: [elements], or None.
         theirs: whether there is one on the mirror rank.
         total: [elements], for the sum, once there is memory for it.
@@ -297,10 +344,24 @@ class _Sum:
                 f"{grad.layout} for a parameter of shape {list(parameter.shape)}"
             )
         self.parameter = parameter
-        self.dtype = parameter.grad_dtype or parameter.dtype if grad is None else grad.dtype
-        self.mine = None if grad is None else grad.detach().contiguous().view(-1)
+        self._seen = None if grad is None else (grad, grad._version)
+        self.dtype = parameter.grad_dtype if grad is None else grad.dtype
+        self.mine = None if grad is None else plain(grad).view(-1)
         self.theirs = False
         self.total: Tensor | None = None
+
+    def changed(self) -> bool:
+        """Whether something was added since, or it is another gradient."""
+        grad = self.parameter.grad
+        seen, version = self._seen or (None, 0)
+        return grad is not seen or (grad is not None and grad._version != version)
+
+    def code(self) -> int:
+        """Of the dtype, from 1 on, and less than 0 if there is no gradient; 0 for any."""
+        if self.dtype is None:
+            return 0
+        code = 1 + DTYPES.index(self.dtype)
+        return -code if self.mine is None else code
 
     def allocate(self, *, mine_only: bool = False) -> None:
         """Take memory for the sum. New: this rank's own gradient may still be on its way out."""
@@ -312,7 +373,9 @@ class _Sum:
         """With the last part, make the sum the gradient."""
         if part.stop == self.parameter.numel():
             self.parameter.grad = self.total.view(self.parameter.shape)
-            self.mine = self.total = None
+            # Additions may still read what was the gradient. A copy engine's channel keeps it; with
+            # NCCL nothing is launched on its own stream until that waits for them (GradSums.run).
+            self.mine = self.total = self._seen = None
 
 
 class _Part(NamedTuple):

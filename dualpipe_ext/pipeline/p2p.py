@@ -102,7 +102,7 @@ class Channel:
             follow: see ``CopyChannel.send``. The backends follow the current stream in any case.
         """
         self.release_sent()
-        tensors = [tensor.contiguous() for tensor in tensors]
+        tensors = [plain(tensor) for tensor in tensors]
         works = self._post(self._backend.send, 1, tensors, f"to receive {what}")
         if not works:
             return
@@ -329,6 +329,11 @@ def _backend(store: Any, rank: int, device: torch.device, timeout_s: float) -> A
         options._timeout = datetime.timedelta(seconds=timeout_s + _WATCHDOG_MARGIN_S)
         return dist.ProcessGroupNCCL(store, rank, 2, options)
     raise ValueError(f"expected stages on the CPU or on CUDA, got {device}")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Contiguous, and what lies in its memory is what it means."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

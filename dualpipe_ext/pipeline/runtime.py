@@ -21,7 +21,8 @@ rank r waits for rank s to receive. If s waits for r in turn, it is for a later 
 channel, and then it has posted the earlier one too; if it waits for the rank beyond, so does the
 argument, and a chain of ranks ends. Copy engines occupy the device less (docs/internals.md, stage
 to stage): a receive while its rank has nothing else to do, a send only while the ring at its
-receiver is full of what was sent before.
+receiver is full of what was sent before, and sums of stage copies a thread or two until both ranks
+have computed a stage's gradients.
 
 Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an error that names the
 ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
@@ -349,7 +350,7 @@ class Pipeline(nn.Module):
         assert not len(self._store)
         if sums is not None:
             if self.transport == "collective":
-                # NCCL waits on SMs, which are needed until everything is computed.
+                # Nothing else is to be on its way over NCCL: see exchange.py.
                 exchange.finish()
             sums.run()
         exchange.finish()

@@ -20,7 +20,7 @@ from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline import copy_channel, mirror
 from dualpipe_ext.pipeline.p2p import Channel
 from dualpipe_ext.pipeline.plan import build_plan
-from dualpipe_ext.pipeline.ring import ALIGNMENT, MIN_BYTES, aligned
+from dualpipe_ext.pipeline.ring import ALIGNMENT, MIN_BYTES, Ring, aligned
 from tests.pipeline.simulated_lanes import World
 from tests.pipeline.test_connections import ThreadLane, open_over_files
 
@@ -63,10 +63,11 @@ def channels(transport, folder, timeout_s=BOUND_S):
     return sorted(both, key=lambda channel: not channel.sends)
 
 
-def links_of(channels, timeout_s=BOUND_S):
-    rank = dist.get_rank()
-    meetings = Meetings("copies", dist.group.WORLD, timeout_s, "sum of gradients")
-    return mirror.MirrorLinks(*channels, meetings, first=rank == 0)
+def links_of(transport, folder, timeout_s=BOUND_S):
+    meetings = None
+    if transport == "copy_engine":
+        meetings = Meetings("copies", dist.group.WORLD, timeout_s, "sum of gradients")
+    return mirror.MirrorLinks(*channels(transport, folder, timeout_s), meetings)
 
 
 def sum_grads(modules, links):
@@ -95,7 +96,7 @@ def make(rank):
 
 def _sum(transport, folder, bytes_):
     mirror._MESSAGE_BYTES = bytes_
-    links = links_of(channels(transport, folder))
+    links = links_of(transport, folder)
     modules = [make(dist.get_rank()) for _ in range(2)]
     for _ in range(3):  # the third sums what the second has summed
         sum_grads(modules, links)
@@ -138,10 +139,15 @@ def test_any_order_of_streams(seed, one_queue, monkeypatch):
         dtype = rng.choice([BF16, F32])
         for module, has in zip(modules, rng.choice([(1, 1), (1, 1), (0, 1), (1, 0)]), strict=True):
             parameter = nn.Parameter(torch.empty(size, dtype=dtype))
-            parameter.grad = torch.randn(size).to(dtype) if has else None
+            parameter.grad = torch.zeros(size, dtype=dtype) if has else None
             module.register_parameter(str(index), parameter)
     both = list(zip(*(module.parameters() for module in modules), strict=True))
-    wanted = [sum(p.grad for p in copies if p.grad is not None) for copies in both]
+    # Computed late, on the device.
+    values = [
+        [None if p.grad is None else torch.randn(p.shape).to(p.dtype) for p in module.parameters()]
+        for module in modules
+    ]
+    wanted = [sum(v for v in copies if v is not None) for copies in zip(*values, strict=True)]
 
     told = {}
 
@@ -155,7 +161,11 @@ def test_any_order_of_streams(seed, one_queue, monkeypatch):
 
     def host(rank):
         channels = world.channels[rank, rank, 1 - rank], world.channels[rank, 1 - rank, rank]
-        sum_grads([modules[rank]], Links(*channels, None, None))
+        current = world.ranks[rank].current
+        for parameter, value in zip(modules[rank].parameters(), values[rank], strict=True):
+            if value is not None:
+                current.put(lambda g=parameter.grad, v=value: g.copy_(v) is not None)
+        sum_grads([modules[rank]], Links(*channels))
 
     world.run([partial(host, rank) for rank in range(2)])
     for copies, total in zip(both, wanted, strict=True):
@@ -165,7 +175,7 @@ def test_any_order_of_streams(seed, one_queue, monkeypatch):
 
 def _refused(transport, folder):
     rank = dist.get_rank()
-    links = links_of(channels(transport, folder))
+    links = links_of(transport, folder)
     module = nn.Linear(3, 2)
     module.weight.grad = torch.zeros(2, 3).to_sparse()
     with pytest.raises(DualPipeError, match=r"expected dense gradients.*of shape \[2, 3\]"):
@@ -176,6 +186,12 @@ def _refused(transport, folder):
     here, there = (("float32", "bfloat16"), ("bfloat16", "float32"))[rank]
     message = rf"torch.{here} here and torch.{there} on rank {1 - rank} .* shape \[2\]"
     with pytest.raises(DualPipeError, match=message):
+        sum_grads([module], links)
+    # Also where only one of them has a gradient.
+    if rank == 0:
+        module.bias.grad = None
+        module.bias.grad_dtype = F32
+    with pytest.raises(DualPipeError, match=r"got torch.\w+ here and torch.\w+ on rank"):
         sum_grads([module], links)
     # A layer more on one rank than on the other.
     message = rf"as many parameters to train, got {2 + rank} here and {3 - rank} on rank {1 - rank}"
@@ -191,8 +207,9 @@ def test_what_is_refused(tmp_path):
 
 def _tied(folder):
     """The last stage to end adds to the gradient that it shares with the other."""
-    links = links_of(channels("collective", folder))
+    links = links_of("collective", folder)
     modules = [make(dist.get_rank()) for _ in range(2)]
+    hidden = [module.get_parameter("0") for module in modules]
     shared = nn.Parameter(torch.zeros(3))
     modules[0].register_parameter("shared", shared)
     modules[1].register_parameter("too", shared)
@@ -200,17 +217,20 @@ def _tied(folder):
     sums = mirror.GradSums(dict(enumerate(modules)), links, CPU)
     sums.ready(0)
     shared.grad += 10
+    hidden[0].grad += 1  # by the other stage, which has not registered it
     sums.ready(1)
     sums.run()
-    return shared.grad.tolist()
+    return shared.grad.tolist(), (hidden[0].grad - hidden[1].grad).unique().tolist()
 
 
-def test_a_parameter_of_both_stages_is_summed_once(tmp_path):
-    assert run_ranks(_tied, 2, tmp_path, run_timeout_s=60) == [[23.0] * 3] * 2
+def test_parameters_that_both_stages_use(tmp_path):
+    for shared, more in run_ranks(_tied, 2, tmp_path, run_timeout_s=60):
+        assert shared == [23.0] * 3
+        assert min(more) > 1.9  # in BF16
 
 
 def _absent(transport, folder):
-    links = links_of(channels(transport, folder, SHORT_S), SHORT_S)
+    links = links_of(transport, folder, SHORT_S)
     if dist.get_rank() == 1:
         time.sleep(3 * SHORT_S)
         return None
@@ -224,12 +244,16 @@ def _absent(transport, folder):
 @pytest.mark.parametrize("transport", ["collective", "copy_engine"])
 def test_an_absent_rank_is_named(transport, tmp_path):
     text = run_ranks(_absent, 2, transport, tmp_path, run_timeout_s=60)[0]
-    assert text == "rank 0, sum of gradients: expected ranks [1] to come within 2 s"
+    what = {
+        "collective": "send the list of its gradients",
+        "copy_engine": "sum the gradients of stage copies",
+    }
+    assert text == f"rank 0 waited 2 s for rank 1 to {what[transport]} (pipeline ranks)"
 
 
 def _lost_in_between(folder):
     mirror._MESSAGE_BYTES = 256
-    links = links_of(channels("copy_engine", folder, SHORT_S), SHORT_S)
+    links = links_of("copy_engine", folder, SHORT_S)
     incoming = links.incoming
     if dist.get_rank() == 1:
         calls = count(1)
@@ -273,6 +297,15 @@ def test_messages_hold_every_element_once(gradients, most):
     # Only what another gradient's part would begin in is left of a message.
     total = sum(aligned(s.parameter.numel() * s.dtype.itemsize) for s in sums)
     assert len(messages) <= 1 + total // (most - ALIGNMENT + 1)
+
+
+@given(st.lists(st.integers(1, 4096), min_size=8, max_size=40), st.integers(16, 64))
+def test_what_is_ahead_fits_into_the_ring(sizes, quarters):
+    """The premise of why ranks cannot wait for each other: docs/internals.md, stage to stage."""
+    ring = Ring(quarters * ALIGNMENT)
+    for size in sizes:
+        for piece in ring.pieces([min(size, ring.piece_bytes)]):
+            assert piece.after <= max(0, piece.number - mirror._AHEAD)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
