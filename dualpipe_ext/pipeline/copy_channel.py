@@ -183,8 +183,7 @@ class CopyChannel:
         Args:
             tensors: of any strides and dtypes.
             what: what they are, for errors.
-            follow: after what the current stream has so far. Without, the tensors must have been
-                there before an earlier send that followed.
+            follow: see :meth:`follow`; without, that has been called since the tensors were made.
         """
         assert self.sends
         self.release_sent()
@@ -250,25 +249,21 @@ class CopyChannel:
         what: str,
         mine: Sequence[Tensor | None],
         totals: Sequence[Tensor],
-        *,
-        follow: bool = True,
     ) -> None:
         """Add a message to tensors, straight from the ring: ``totals[i] = mine[i] + message[i]``.
 
-        The current stream does not wait, but for :meth:`join`. Tensors are kept until then.
+        :meth:`follow` has been called since ``mine`` and the memory of ``totals`` were there. The
+        current stream does not wait, but for :meth:`join`. Tensors are kept until then.
 
         Args:
             incoming: the next message of the channel.
             what: what is received, for errors.
             mine: [tensors] contiguous, of the shapes and dtypes of the message; None for zeros.
             totals: [tensors] likewise.
-            follow: see :meth:`send`; for ``mine`` and for the memory of ``totals``.
         """
         following = self._expected.popleft()
         assert following is incoming, "messages are added in their order"
         lane = self._lane
-        if follow:
-            lane.follow()
         incoming.tensors = list(totals)
         for piece in incoming.pieces:
             lane.acquire(piece.number, piece.number)
@@ -287,6 +282,10 @@ class CopyChannel:
             kept = [tensor for tensor in (*mine, *totals) if tensor is not None]
             self._moving.append(_Moving(incoming.pieces, what, incoming.mark, kept))
         self._prune()
+
+    def follow(self) -> None:
+        """Go on only after what the current stream has been given so far."""
+        self._lane.follow()
 
     def join(self) -> None:
         """Let the current stream go on only after all that :meth:`add` has been given."""

@@ -256,34 +256,30 @@ class GradSums:
         outgoing, incoming = self._links.outgoing, self._links.incoming
         messages = _messages(sums, min(_MESSAGE_BYTES, outgoing.piece_bytes))
         posted: deque[Arriving | Incoming] = deque()
-        # Lanes have to follow once, for gradients, and where memory is new.
-        sent = False
-        follow = True
+        outgoing.follow()
+        incoming.follow()
         for number, parts in enumerate(messages):
             # In lockstep with the mirror rank and not all at once: see _AHEAD, and exchange.py on
             # what waits for the whole device.
             while number + len(posted) < min(number + _AHEAD, len(messages)):
                 ahead = number + len(posted)
                 mine = [p.of.mine[p.span] for p in messages[ahead] if p.of.mine is not None]
-                outgoing.send(mine, f"{what}, message {ahead}", follow=not sent)
-                sent |= any(tensor.numel() for tensor in mine)  # else nothing has followed
+                outgoing.send(mine, f"{what}, message {ahead}", follow=False)
                 theirs = [p for p in messages[ahead] if p.of.theirs]
                 posted.append(incoming.receive([((p.stop - p.start,), p.of.dtype) for p in theirs]))
             added = [part for part in parts if part.of.theirs]
             lacking = [part.of for part in added if part.of.total is None]
             if lacking:
-                follow = True
                 with beside.at_home():
                     for summed in lacking:
                         summed.allocate()
+                incoming.follow()  # for their memory
             incoming.add(
                 posted.popleft(),
                 f"the copy's {what}, message {number}",
                 [None if part.of.mine is None else part.of.mine[part.span] for part in added],
                 [part.of.total[part.span] for part in added],
-                follow=follow,
             )
-            follow &= not added
             for part in added:
                 part.of.end(part)
         incoming.join()

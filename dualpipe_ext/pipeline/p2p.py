@@ -99,7 +99,7 @@ class Channel:
 
         Args:
             what: what they are, for errors.
-            follow: see ``CopyChannel.send``. The backends follow the current stream in any case.
+            follow: see :meth:`follow`.
         """
         self.release_sent()
         tensors = [plain(tensor) for tensor in tensors]
@@ -165,13 +165,14 @@ class Channel:
         what: str,
         mine: Sequence[Tensor | None],
         totals: Sequence[Tensor],
-        *,
-        follow: bool = True,
     ) -> None:
         """Add a message to tensors; see ``CopyChannel.add``. The current stream waits at once."""
         others = self.wait(incoming, what)
         for here, other, total in zip(mine, others, totals, strict=True):
             total.copy_(other) if here is None else torch.add(here, other, out=total)
+
+    def follow(self) -> None:
+        """Nothing to do: the backends follow the current stream in any case."""
 
     def join(self) -> None:
         """Nothing to wait for: see :meth:`add`."""

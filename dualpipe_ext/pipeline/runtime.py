@@ -28,9 +28,9 @@ Why it cannot hang. Every wait of the host ends after ``timeout_s`` with an erro
 ranks and the message. On CUDA the host runs ahead of the device and waits for its peers only at the
 first message of a stage boundary, before the gradients of stage copies are summed, at the end of
 the step, and, of ``peers``, where pairs take the order that their times ask for, once or a few
-times in a run. In between, every wait of the device
-ends after ``timeout_s`` too where copy engines send, and the host raises at its next call; with
-NCCL its watchdog ends the process if a peer stalls for longer than ``timeout_s`` and a minute.
+times in a run. In between, every wait of the device ends after ``timeout_s`` too where copy engines
+send, and the host raises at its next call; with NCCL its watchdog ends the process if a peer stalls
+for longer than ``timeout_s`` and a minute.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ from dualpipe_ext.agreement import Meetings
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline import copy_channel, mirror
-from dualpipe_ext.pipeline.p2p import Channel
 from dualpipe_ext.pipeline.plan import build_plan
 from dualpipe_ext.pipeline.ring import ALIGNMENT, MIN_BYTES, Ring, aligned
 from tests.pipeline.simulated_lanes import World
 from tests.pipeline.test_connections import ThreadLane, open_over_files
+from tests.pipeline.test_p2p import channels_each_way
 
 CPU = torch.device("cpu")
 BOUND_S, SHORT_S = 30.0, 2.0
@@ -44,22 +44,18 @@ PARAMETERS = [
 
 def channels(transport, folder, timeout_s=BOUND_S):
     """(outgoing, incoming) of one of two ranks."""
-    rank = dist.get_rank()
     if transport == "collective":
-        both = [
-            Channel(f"m/{a}", a, 1 - a, rank=rank, device=CPU, timeout_s=timeout_s) for a in (0, 1)
-        ]
-    else:
-        ThreadLane.timeout_s = timeout_s
-        both = open_over_files(
-            folder,
-            dist.group.WORLD,
-            [0, 1],
-            [(0, 1), (1, 0)],
-            device=CPU,
-            ring_bytes=4096,
-            timeout_s=timeout_s,
-        )
+        return channels_each_way("mirror", timeout_s=timeout_s)
+    ThreadLane.timeout_s = timeout_s
+    both = open_over_files(
+        folder,
+        dist.group.WORLD,
+        [0, 1],
+        [(0, 1), (1, 0)],
+        device=CPU,
+        ring_bytes=4096,
+        timeout_s=timeout_s,
+    )
     return sorted(both, key=lambda channel: not channel.sends)
 
 

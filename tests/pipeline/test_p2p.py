@@ -15,7 +15,7 @@ from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline.p2p import Channel
 
 
-def _channels(name, *, timeout_s=20.0):
+def channels_each_way(name, *, timeout_s=20.0):
     """One channel each way; returns (outgoing, incoming)."""
     rank = dist.get_rank()
     device = torch.device("cpu")
@@ -27,7 +27,7 @@ def _channels(name, *, timeout_s=20.0):
 
 
 def _everything():
-    outgoing, incoming = _channels("t")
+    outgoing, incoming = channels_each_way("t")
     tensors = [
         torch.arange(6.0).reshape(2, 3).t(),  # not contiguous
         torch.tensor(7, dtype=torch.int64),
@@ -68,7 +68,7 @@ def test_any_tensor_arrives_in_order():
 
 
 def _release():
-    outgoing, incoming = _channels("r")
+    outgoing, incoming = channels_each_way("r")
     freed = None
     if dist.get_rank() == 0:
         tensor = torch.randn(1000)
@@ -92,7 +92,7 @@ def test_sent_tensors_are_released():
 
 
 def _stalls(side):
-    outgoing, incoming = _channels(f"s{side}", timeout_s=1.0)
+    outgoing, incoming = channels_each_way(f"s{side}", timeout_s=1.0)
     if dist.get_rank() == 1:
         time.sleep(3.0)
         return None
@@ -122,7 +122,7 @@ def test_stalled_peer(side, message):
 
 
 def _lost():
-    _, incoming = _channels("l")
+    _, incoming = channels_each_way("l")
     if dist.get_rank() == 1:
         return None
     message = incoming.receive([((3,), torch.float32)])
@@ -137,7 +137,7 @@ def test_lost_peer():
 
 def _absent():
     if dist.get_rank() == 0:
-        _channels("a", timeout_s=1.0)
+        channels_each_way("a", timeout_s=1.0)
     else:
         time.sleep(3.0)
 
