@@ -138,6 +138,9 @@ class TokenSums {
  private:
   static constexpr uint32_t kUnits = (kExpert ? kExpertShape : kTokenShape).units;
   static constexpr uint32_t kRows = (kExpert ? kExpertShape : kTokenShape).rows;
+  // Whether the bias is loaded before the rows, to come while they are summed. In token layout the
+  // registers are needed for rows.
+  static constexpr bool kBiasAhead = kExpert;
 
   // A token's sources: those of lower ranks, this rank's own expert rows, those of higher ranks.
   struct List {
@@ -154,18 +157,25 @@ class TokenSums {
     if (kStaging) call_to_l2(sources_, list.end, c_.args.row_bytes);
     const uint32_t units = c_.args.row_bytes / 16;
     const uint64_t row = uint64_t{t} * c_.args.row_bytes;
+    const bool has_bias = c_.call.bias != nullptr;
     for (uint32_t unit0 = 0; unit0 < units; unit0 += 32 * kUnits) {
       if (unit0 + 32 * kUnits >= units) queue.ask();
       const uint32_t unit = unit0 + lane_;
       Numbers<Row> total[kUnits];
+      uint4 bias[kUnits];
 #pragma unroll
-      for (uint32_t j = 0; j < kUnits; ++j) total[j] = Numbers<Row>::zero();
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        total[j] = Numbers<Row>::zero();
+        const bool now = kBiasAhead && has_bias && unit + 32 * j < units;
+        if (now) bias[j] = ptx::ld_nc_once_v4(c_.call.bias + row + 16 * (unit + 32 * j));
+      }
       sum(list, unit, units, total);
 #pragma unroll
       for (uint32_t j = 0; j < kUnits; ++j) {
         if (unit + 32 * j >= units) continue;
         const uint64_t at = row + 16 * (unit + 32 * j);
-        if (c_.call.bias != nullptr) total[j].add_row(ptx::ld_nc_once_v4(c_.call.bias + at));
+        if (!kBiasAhead && has_bias) bias[j] = ptx::ld_nc_once_v4(c_.call.bias + at);
+        if (has_bias) total[j].add_row(bias[j]);
         ptx::st_once_v4(c_.call.y + at, total[j].bits());
       }
     }
