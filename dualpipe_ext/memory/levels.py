@@ -21,7 +21,7 @@ class MemoryPlan:
     Attributes:
         recompute: from level 1. Outputs of RMSNorm and SwiGLU are computed again from what those
             keep themselves, and reshaped or cast copies are made again. The same bits.
-        weighted_experts: from level 2. An expert's rows are multiplied by their top-k weights
+        weighted_experts: from level 1. An expert's rows are multiplied by their top-k weights
             inside SwiGLU, so that combine is a plain sum and need not keep the experts' outputs.
             Equal but for rounding.
         fp8_rows: from level 2. The rows that experts receive are kept in FP8 for the weight
@@ -45,7 +45,7 @@ class MemoryPlan:
         check_memory_level(level)
         return cls(
             recompute=level >= 1,
-            weighted_experts=level >= 2,
+            weighted_experts=level >= 1,
             fp8_rows=level >= 2,
             fp8_swiglu=level >= 3,
         )

@@ -119,10 +119,18 @@ class MoELayer(nn.Module):
                 split=self.replica_split,
                 counts=self.counts if count else None,
             )
-        return x, normed, routing.slot_idx, routing.topk_weights
+        # For the shared expert a view of its own: its gradient meets that of the dispatched rows
+        # where this phase goes back, on the compute stream, and not behind the communication.
+        shared = None if self.shared_expert is None else normed.view_as(normed)
+        return x, shared, normed, routing.slot_idx, routing.topk_weights
 
     def _dispatch(
-        self, x: Tensor, normed: Tensor, slot_idx: Tensor, topk_weights: Tensor
+        self,
+        x: Tensor,
+        shared: Tensor | None,
+        normed: Tensor,
+        slot_idx: Tensor,
+        topk_weights: Tensor,
     ) -> tuple[Any, ...]:
         recv, handle = self.buffer.dispatch(
             normed,
@@ -131,10 +139,16 @@ class MoELayer(nn.Module):
             layout="expert",
             max_recv_tokens=self.max_recv_tokens,
         )
-        return x, normed, recv.tokens, recv.weights, recv.offsets, handle
+        return x, shared, recv.tokens, recv.weights, recv.offsets, handle
 
     def _experts(
-        self, x: Tensor, normed: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, handle: Any
+        self,
+        x: Tensor,
+        shared: Tensor | None,
+        rows: Tensor,
+        weights: Tensor,
+        offsets: Tensor,
+        handle: Any,
     ) -> tuple[Any, ...]:
         if self.memory.weighted_experts:
             out, weights = self.experts(rows, offsets, weights), None
@@ -143,14 +157,14 @@ class MoELayer(nn.Module):
         if self.shared_expert is not None:
             # Here and not in the attention phase: compute that can hide the other half's dispatch.
             kept = self.moe_norm.kept(x, self.memory)
-            x = x + self.shared_expert(normed, kept=kept).view_as(x)
+            x = x + self.shared_expert(shared, kept=kept).view_as(x)
         return x, out, weights, handle
 
     def _combine(
         self, x: Tensor, out: Tensor, weights: Tensor | None, handle: Any
     ) -> tuple[Any, ...]:
-        routed, _ = self.buffer.combine(out, handle, weights=weights)
-        return (x + routed.view_as(x),)
+        y, _ = self.buffer.combine(out, handle, weights=weights, bias=x.flatten(0, 1))
+        return (y.view_as(x),)
 
 
 def _in_backward() -> bool:

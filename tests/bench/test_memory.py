@@ -39,7 +39,7 @@ def test_rows_say_what_was_measured(ranks):
         assert row["kept_mib"] == row["peak_mib"] == row["peak_over_level_0"] == ""  # needs a GPU
         assert 0 < row["step_ms_p20"] <= row["step_ms_p50"] <= row["step_ms_p80"]
     assert rows[0]["step_over_level_0"] == 1.0
-    assert rows[1]["gradient_error_max"] == 0.0
+    assert rows[1]["gradient_error_max"] < 1e-5  # float32, rounded elsewhere
     assert 0 < rows[2]["gradient_error_gate_up"] <= rows[2]["gradient_error_max"] < 0.1
 
 

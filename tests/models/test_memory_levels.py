@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.launch import run_ranks
-from dualpipe_ext.memory import MAX_LEVEL, gradient_errors, saved_bytes, set_memory_level
+from dualpipe_ext.memory import (
+    MAX_LEVEL,
+    MemoryPlan,
+    gradient_errors,
+    saved_bytes,
+    set_memory_level,
+)
 from dualpipe_ext.models import LanguageModelStage, ModelConfig, initialize
 from dualpipe_ext.models.activations import kept_bytes_per_token
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
@@ -67,9 +74,34 @@ def double() -> dict[int, dict[str, float]]:
     return on_one_rank(partial(errors, torch.float64))
 
 
-def test_recomputation_changes_no_bit(double):
+def test_level_1_only_rounds_elsewhere(double):
     assert set(double[1]) == set(double[0])
-    assert set(double[1].values()) == {0.0}
+    assert max(double[1].values()) < 1e-13
+
+
+def gradients(stage: LanguageModelStage, plan: MemoryPlan) -> dict[str, Tensor]:
+    for module in stage.modules():
+        if isinstance(getattr(module, "memory", None), MemoryPlan):
+            module.memory = plan
+    stage.zero_grad()
+    loss_of(stage(TOKENS)).backward()
+    return {name: parameter.grad for name, parameter in stage.named_parameters()}
+
+
+def changed_by_recomputation(dtype: torch.dtype, config: ModelConfig) -> set[str]:
+    """Names of gradients that level 1 would have otherwise if it kept everything."""
+    stage, plan = build(dtype, config), MemoryPlan.of_level(1)
+    kept = gradients(stage, replace(plan, recompute=False))
+    again = gradients(stage, plan)
+    return {name for name, grad in kept.items() if not torch.equal(grad, again[name])}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [(torch.float64, CONFIG), (torch.bfloat16, CONFIG), (torch.bfloat16, FP8_CONFIG)],
+)
+def test_recomputation_changes_no_bit(dtype, config):
+    assert on_one_rank(partial(changed_by_recomputation, dtype, config)) == set()
 
 
 def test_fp8_rows_change_the_gradient_of_what_multiplies_them_only(double):
@@ -89,15 +121,15 @@ def test_fp8_everywhere_stays_small(double):
     assert double[3]["layers.1.experts.down"] > 1e-3
 
 
-def test_recomputation_changes_no_bit_in_bfloat16():
-    assert set(on_one_rank(partial(errors, torch.bfloat16))[1].values()) == {0.0}
+def test_level_1_in_bfloat16():
+    # The experts' outputs are rounded before they are weighted, or after.
+    assert 0.0 < max(on_one_rank(partial(errors, torch.bfloat16))[1].values()) < 2.0**-6
 
 
 def test_levels_of_experts_that_multiply_in_fp8():
     found = on_one_rank(partial(errors, torch.bfloat16, FP8_CONFIG))
-    # What is quantised again for the weight gradient is what was multiplied.
-    assert set(found[1].values()) == {0.0}
-    for level in (2, 3):
+    # Even at level 1: what is weighted before the second product is quantised otherwise.
+    for level in (1, 2, 3):
         assert 0.0 < max(found[level].values()) < 2 * 2.0**-4
 
 
@@ -189,10 +221,10 @@ def pairs() -> list[dict[str, Tensor]]:
 
 def test_overlapped_and_deferred_backwards_give_the_same():
     plain, *others = on_one_rank(pairs)
-    assert all(torch.equal(others[0][name], grad) for name, grad in plain.items())
     for level, found in enumerate(others, 1):
+        largest = 1e-13 if level == 1 else 2 * 2.0**-4
         for name, grad in plain.items():
-            assert (found[name] - grad).norm() <= 2 * 2.0**-4 * grad.norm(), (level, name)
+            assert (found[name] - grad).norm() <= largest * grad.norm(), (level, name)
 
 
 @pytest.mark.parametrize(

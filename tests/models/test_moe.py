@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.eplb import Placement, count_experts, select_replicas
 from dualpipe_ext.eplb.shares import to_shares
 from dualpipe_ext.models import ModelConfig, MoELayer
+from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher
+from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 
 CONFIG = ModelConfig(hidden=32, num_layers=1, num_heads=2, expert_hidden=16, shared_hidden=0)
 TOKENS = 2 * 24
@@ -23,13 +26,25 @@ def make_layer(*, num_slots: int = 16, replica_offset: int = 0) -> MoELayer:
     return layer
 
 
+class Log(TorchDispatchMode):
+    """What torch does, and between that whatever else is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.notes.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def rows() -> torch.Tensor:
     return torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(1))
 
 
 def slots_of(layer: MoELayer, x: torch.Tensor) -> torch.Tensor:
     """What the first phase hands to dispatch."""
-    _, _, slot_idx, _ = layer.phases()[0].fn(x)
+    *_, slot_idx, _ = layer.phases()[0].fn(x)
     return slot_idx
 
 
@@ -55,7 +70,7 @@ def test_recomputing_counts_nothing_twice(use_reentrant):
     def forward(x):
         nonlocal forwards
         forwards += 1
-        out, _, _, weights = attention(x)
+        out, *_, weights = attention(x)
         return out.sum() + weights.square().sum()
 
     checkpoint(forward, x, use_reentrant=use_reentrant).backward()
@@ -83,3 +98,47 @@ def test_slots_follow_the_maps_and_the_split():
     assert bool(((used[16:] - 0.1 * wanted[:4]).abs() <= 1).all())
     # Experts are counted, not slots.
     assert torch.equal(layer.counts, 2 * wanted)
+
+
+MOVED = "moved"
+# Launch nothing.
+FREE = ("aten.alias", "aten.detach", "aten.empty", "aten.view")
+
+
+@pytest.mark.parametrize("level", [1, 3])
+def test_phases_of_communication_end_with_what_moves(level):
+    """A kernel behind it would hold up whoever waits, and, in one hardware queue, everybody."""
+    config = CONFIG.with_overrides(
+        hidden=128, expert_hidden=64, shared_hidden=64, memory_level=level
+    )
+    buffer = Buffer(hidden=128, num_experts=16, top_k=4, max_tokens=TOKENS)
+    layer = MoELayer(config, buffer=buffer, replica_offset=0)
+    log = Log()
+    for name in ("dispatch", "combine"):
+        move = getattr(buffer._transport, name)
+
+        def and_note(*args, move=move, **kwargs):
+            result = move(*args, **kwargs)
+            log.notes.append(MOVED)
+            return result
+
+        setattr(buffer._transport, name, and_note)
+    launcher = Launcher(torch.device("cpu"), on_launch=lambda name: log.notes.append(f"> {name}"))
+    x = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(1))
+    graph = ChunkGraph(
+        layer.phases(), (x,), (True,), launcher=launcher, store=WeightGradStore(), key=0
+    )
+    grad = torch.ones_like(x)
+    with log:
+        graph.forward()
+        graph.take_outputs()
+        graph.start_backward([grad])
+        graph.backward(defer=True)
+    launches = "\n".join(log.notes).split("> ")[1:]
+    moving = [launch.splitlines() for launch in launches if MOVED in launch]
+    assert [lines[0] for lines in moving] == [
+        *("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")
+    ]
+    for name, *done in moving:
+        after = done[done.index(MOVED) + 1 :]
+        assert [op for op in after if not op.startswith(FREE)] == [], name
