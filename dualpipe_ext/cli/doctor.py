@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualpipe_ext import __version__, core, env, nvml, toolkit
+from dualpipe_ext import __version__, core, env, hardware_queue, nvml, toolkit
 
 _GIB = 2**30
 _HOPPER = (9, 0)
@@ -246,6 +246,12 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("triton is missing, kernels fall back to torch: pip install triton")
     if len(gpus) > 1 and not any("nvlink" in row for row in found["links"]):
         advice.append("the GPUs are not joined by NVLink: expert parallelism goes through NCCL")
+    if gpus and hardware_queue.is_shared():
+        advice.append(
+            f"{hardware_queue.VARIABLE}=1 has all streams share one hardware queue: less "
+            "communication is hidden, and almost none of copy engines. Unset it, unless tensor "
+            "parallelism needs it; then let kernels move the tokens (nvlink)"
+        )
     return advice
 
 

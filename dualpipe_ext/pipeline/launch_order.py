@@ -51,12 +51,14 @@ class PairTimes:
         weights: of every phase's deferred weight gradients, in the order they were deferred.
         weight_of: which weight each of these is for; those of one weight keep their order, in which
             they are added up. What is not in it is for a weight of its own.
+        one_queue: both streams share a hardware queue; see :func:`interleave`.
     """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     weight_of: Mapping[Launch, Hashable] = field(default_factory=dict)
+    one_queue: bool = False
 
     def of(self, launch: Launch) -> float:
         """Seconds of a launch."""
@@ -70,7 +72,9 @@ class PairTimes:
         return [Launch("W", index, part) for part in range(len(self.weights[index]))]
 
 
-def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Launch]:
+def interleave(
+    forward: Sequence[Phase], backward: Sequence[Phase], *, one_queue: bool = False
+) -> list[Launch]:
     """The order in which a pair's phases are launched.
 
     Each side is cut into runs of phases on the same stream. The two sides take turns, backward
@@ -84,6 +88,10 @@ def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Laun
     Args:
         forward: the phases whose forward runs, first to last.
         backward: the phases whose backward runs, given first to last and run last to first.
+        one_queue: both streams share a hardware queue, in which a launch begins behind all that
+            were launched before it have begun: in every turn what communicates goes first.
+            (Otherwise the order within a turn matters to the host alone, which may have to wait for
+            the number of rows that a dispatch brings: then it has launched compute before.)
     """
     forward_runs = _runs(forward, range(len(forward)))
     backward_runs = _runs(backward, range(len(backward) - 1, -1, -1))
@@ -91,17 +99,20 @@ def interleave(forward: Sequence[Phase], backward: Sequence[Phase]) -> list[Laun
     owed: list[Launch] = []
     while forward_runs or backward_runs:
         alone = bool(forward_runs and backward_runs) and forward_runs[0][0] == backward_runs[0][0]
+        turn: list[Launch] = []
         if backward_runs:
             stream, indices = backward_runs.popleft()
-            order += [Launch("B", index) for index in indices]
+            turn += [Launch("B", index) for index in indices]
             if stream == "compute":
                 owed += [Launch("W", index) for index in indices]
             if stream == "comm" or all(kind == "compute" for kind, _ in backward_runs):
-                order += owed
+                turn += owed
                 owed = []
         if forward_runs and not alone:
-            _, indices = forward_runs.popleft()
-            order += [Launch("F", index) for index in indices]
+            stream, indices = forward_runs.popleft()
+            run = [Launch("F", index) for index in indices]
+            turn = run + turn if one_queue and stream == "comm" else turn + run
+        order += turn
     return order
 
 
@@ -136,7 +147,7 @@ def fill_gaps(
         Every F and B once, and every weight gradient that was timed; or :data:`LEFT`, once, and all
         but those that are left to the next pair.
     """
-    turns = interleave(forward, backward)
+    turns = interleave(forward, backward, one_queue=times.one_queue)
 
     def span(order: Sequence[Launch]) -> float:
         return predicted_span(order, forward, backward, times)
@@ -163,6 +174,10 @@ def predicted_span(
 ) -> float:
     """Seconds from the first launch to the end of the last: two streams, each in launch order, and
     every F and B behind the one before it on its side.
+
+    With one hardware queue, also behind the beginning of all that was launched before. A launch
+    that communicates is taken for one kernel, and one that computes for so many that the last
+    begins when it ends.
 
     What an order leaves to the next pair, the pair before has left to it.
     """
@@ -197,25 +212,35 @@ class _Streams:
         self._times = times
         self.free = {"compute": 0.0, "comm": 0.0}
         self._done = {"F": 0.0, "B": 0.0}
+        self._queue = 0.0  # when the last kernel of the launch before began, in one queue
 
     def stream_of(self, launch: Launch) -> str:
         return self._sides[launch.op][launch.index].stream
 
     def gap_before(self, launch: Launch) -> float:
         """How long the stream of an F or B would wait for the one before it."""
-        return self._done[launch.op] - self.free[self.stream_of(launch)]
+        return self._done[launch.op] - self._ready(self.stream_of(launch))
 
     def run(self, launch: Launch) -> None:
         stream = self.stream_of(launch)
         # A weight gradient waits for its own backward alone, which ran before it on its stream.
-        begin = max(self.free[stream], self._done.get(launch.op, 0.0))
-        self.free[stream] = end = begin + self._times.of(launch)
+        begin = max(self._ready(stream), self._done.get(launch.op, 0.0))
+        end = self._take(stream, begin, self._times.of(launch))
         if launch.op != "W":
             self._done[launch.op] = end
 
     def run_left(self, left: Sequence[Launch]) -> None:
         """Weight gradients of the pair before: as many as this one leaves."""
-        self.free["compute"] += sum(map(self._times.of, left))
+        self._take("compute", self._ready("compute"), sum(map(self._times.of, left)))
+
+    def _ready(self, stream: str) -> float:
+        return max(self.free[stream], self._queue)
+
+    def _take(self, stream: str, begin: float, seconds: float) -> float:
+        self.free[stream] = end = begin + seconds
+        if self._times.one_queue:
+            self._queue = begin if stream == "comm" else end
+        return end
 
 
 def _fill(

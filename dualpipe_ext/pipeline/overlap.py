@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from dualpipe_ext import hardware_queue
 from dualpipe_ext.pipeline.cut import GradSlot, gradient_root, receive
 from dualpipe_ext.pipeline.launch_order import LEFT, Launch
 from dualpipe_ext.pipeline.pair_orders import Agree, PairOrders, Sample
@@ -106,7 +107,8 @@ class Launcher:
         self._left: ChunkGraph | None = None  # whose weight gradients have not all been computed
 
     def _use_orders_of(self, comm_sms: int | None) -> None:
-        self.orders = self._orders.setdefault(comm_sms, PairOrders(self._agree))
+        orders = PairOrders(self._agree, one_queue=hardware_queue.is_shared())
+        self.orders = self._orders.setdefault(comm_sms, orders)
 
     def can_time(self) -> bool:
         """Whether launches go to two streams whose events tell the time."""

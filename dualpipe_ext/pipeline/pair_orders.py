@@ -33,7 +33,12 @@ Agree = Callable[[Sequence[float]], Sequence[float]]
 
 
 class Sample:
-    """When the launches of one pair began and ended, by events on their streams."""
+    """When the launches of one pair began and ended, by events on their streams.
+
+    In one hardware queue a timed event holds up all that was launched behind it, until what it
+    marks is over (as measured: docs/LOG.md). Such a pair overlaps nothing, and its times are those
+    of launches alone.
+    """
 
     def __init__(self) -> None:
         self._marks: dict[Launch, tuple[Any, Any]] = {}
@@ -72,11 +77,13 @@ class PairOrders:
     Args:
         agree: makes times those of the slowest of the ranks that run the same pairs at the same
             time; by default this rank is alone.
+        one_queue: see :func:`interleave`.
     """
 
-    def __init__(self, agree: Agree = list) -> None:
+    def __init__(self, agree: Agree = list, *, one_queue: bool = False) -> None:
         self._kinds: dict[tuple[Any, ...], _Kind] = {}
         self._agree = agree
+        self._one_queue = one_queue
 
     def forget(self) -> None:
         """Measure again: what pairs run on has changed."""
@@ -102,18 +109,27 @@ class PairOrders:
         key = (*stages, *names)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind(forward, backward, self._agree)
+            kind = _Kind(forward, backward, self._agree, one_queue=self._one_queue)
+            self._kinds[key] = kind
         return kind.begin(may_time)
 
 
 class _Kind:
-    def __init__(self, forward: Sequence[Phase], backward: Sequence[Phase], agree: Agree) -> None:
+    def __init__(
+        self,
+        forward: Sequence[Phase],
+        backward: Sequence[Phase],
+        agree: Agree,
+        *,
+        one_queue: bool,
+    ) -> None:
         self._agree = agree
+        self._one_queue = one_queue
         # Without what they compute: it may hold on to a micro-batch.
         self._forward, self._backward = (
             tuple(replace(phase, fn=tuple) for phase in side) for side in (forward, backward)
         )
-        self._order = interleave(forward, backward)
+        self._order = interleave(forward, backward, one_queue=one_queue)
         self._settled = False
         self._seen = 0
         self._samples: list[Sample] = []
@@ -157,4 +173,5 @@ class _Kind:
             backward=tuple(middle[Launch("B", index)] for index in range(len(self._backward))),
             weights=tuple(tuple(middle[launch] for launch in parts) for parts in weights),
             weight_of=samples[-1].weights,
+            one_queue=self._one_queue,
         )

@@ -46,6 +46,48 @@ def test_span_of_two_streams_by_hand():
     assert predicted_span(interleave(side, side), side, side, times) == 17.0
 
 
+def test_span_in_one_queue_by_hand():
+    side, times = one_layer()
+    times = replace(times, one_queue=True)
+    # What communicates first in every turn:
+    # compute:  attention(F) 0-2, mlp(B) 4-7 | mlp(W) 8-11, mlp(F) 11-14 | attention(B) 14-16,
+    #           attention(W) 16-18
+    # comm:     combine(B) 0-4, dispatch(F) 4-8, dispatch(B) 8-12, combine(F) 14-18
+    assert predicted_span(interleave(side, side, one_queue=True), side, side, times) == 18.0
+    # The other order: dispatch(F) begins behind mlp(B), and combine(F) behind attention(W).
+    # compute:  attention(F) 0-2, mlp(B) 4-7 | mlp(W) 11-14, mlp(F) 14-17 | attention(B) 17-19,
+    #           attention(W) 19-21
+    # comm:     combine(B) 0-4, dispatch(F) 7-11, dispatch(B) 11-15, combine(F) 21-25
+    assert predicted_span(interleave(side, side), side, side, times) == 25.0
+
+
+def test_communication_is_launched_first_in_one_queue():
+    layer = phases(1)
+    order = interleave(layer, layer, one_queue=True)
+    assert [f"{layer[one.index].name}({one.op})" for one in order] == [
+        *("combine(B)", "attention(F)", "dispatch(F)", "mlp(B)", "dispatch(B)"),
+        *("mlp(W)", "mlp(F)", "combine(F)", "attention(B)", "attention(W)"),
+    ]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_one_queue_hides_what_is_shorter_than_compute(layers):
+    side = phases(layers)
+    times = times_of(
+        side,
+        compute={"attention": 1.9, "mlp": 3.3},
+        comm=0.6,
+        weights={"attention": (0.5, 1.4), "mlp": (0.9, 1.9, 0.2, 0.3)},
+    )
+    times = replace(times, one_queue=True)
+    compute = sum(times.forward[::2]) + sum(times.backward[::2]) + sum(map(sum, times.weights))
+    for order in (interleave(side, side, one_queue=True), fill_gaps(side, side, times)):
+        assert predicted_span(order, side, side, times) == pytest.approx(compute)
+    # In the order for two queues half of the communication begins behind the compute of its turn.
+    exposed = predicted_span(interleave(side, side), side, side, times) - compute
+    assert exposed == pytest.approx(layers * 2 * 0.6)
+
+
 @pytest.mark.parametrize(("layers", "speed_up"), [(1, 1.77), (2, 1.87), (4, 1.93)])
 def test_equal_streams_come_close_to_half_of_serial(layers, speed_up):
     side = phases(layers)
@@ -128,13 +170,17 @@ def cases(draw):
         tuple(draw(st.lists(seconds, max_size=3))) if phase.stream == "compute" else ()
         for phase in sides[1]
     ]
-    return *sides, PairTimes(tuple(forward), tuple(backward), tuple(weights))
+    times = PairTimes(
+        tuple(forward), tuple(backward), tuple(weights), one_queue=draw(st.booleans())
+    )
+    return *sides, times
 
 
 @given(cases())
 def test_only_weights_move_and_none_is_lost(case):
     forward, backward, times = case
-    order, turns = fill_gaps(forward, backward, times), interleave(forward, backward)
+    order = fill_gaps(forward, backward, times)
+    turns = interleave(forward, backward, one_queue=times.one_queue)
     assert [x for x in order if x.op not in "WL"] == [x for x in turns if x.op != "W"]
     assert order.count(LEFT) <= 1
     for index, parts in enumerate(times.weights):
@@ -166,5 +212,6 @@ def test_gradients_of_one_weight_keep_their_order():
 def test_never_later_than_the_plain_order(case):
     forward, backward, times = case
     order = fill_gaps(forward, backward, times)
-    plain = predicted_span(interleave(forward, backward), forward, backward, times)
+    turns = interleave(forward, backward, one_queue=times.one_queue)
+    plain = predicted_span(turns, forward, backward, times)
     assert predicted_span(order, forward, backward, times) <= plain + 1e-9

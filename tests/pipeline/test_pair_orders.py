@@ -62,11 +62,11 @@ def note(sample, *, begin=0.0, factor=1.0, weights=TIMES.weights, of=None):
         sample.add(launch, Event(begin), Event(begin + ms))
 
 
-def warmed_up(agree=list):
-    orders = PairOrders(agree)
+def warmed_up(agree=list, *, one_queue=False):
+    orders = PairOrders(agree, one_queue=one_queue)
     for _ in range(WARM_UP):
         order, sample = orders.begin(SIDE, SIDE, may_time=True)
-        assert (order, sample) == (interleave(SIDE, SIDE), None)
+        assert (order, sample) == (interleave(SIDE, SIDE, one_queue=one_queue), None)
     return orders
 
 
@@ -84,6 +84,15 @@ def test_the_median_of_the_samples_decides():
     assert orders.begin(SIDE[:2], SIDE, may_time=True)[0] == interleave(SIDE[:2], SIDE)
     orders.forget()
     assert orders.begin(SIDE, SIDE, may_time=True)[0] == interleave(SIDE, SIDE)
+
+
+def test_one_queue_is_reckoned_with():
+    orders = warmed_up(one_queue=True)
+    for _ in range(NUM_SAMPLES):
+        note(orders.begin(SIDE, SIDE, may_time=True)[1])
+    order, _ = orders.begin(SIDE, SIDE, may_time=True)
+    assert order == fill_gaps(SIDE, SIDE, replace(TIMES, one_queue=True))
+    assert order != fill_gaps(SIDE, SIDE, TIMES)
 
 
 def test_stages_of_equal_names_have_orders_of_their_own():
