@@ -218,13 +218,24 @@ def pairs() -> str:
     """
     sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
     shape = (*sizes, "transport", "num_sms", "sm_means", "graphs")
-    rows = rows_of("pipeline", (*shape, "part"), lambda row: row["slow_link"])
+    rows = rows_of("pipeline", (*shape, "part"), lambda row: (row["slow_link"], _one_queue(row)))
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     usual = {"sm_means": "yielding", "graphs": "False"}
     rows = [row for row in rows if all(row[name] == value for name, value in usual.items())]
     rows = [row for row in rows if row["ep"] != "1"]
-    rows.sort(key=lambda row: (row["transport"], int(row["num_sms"] or 0), row["slow_link"]))
+    rows.sort(
+        key=lambda row: (
+            _one_queue(row),
+            row["transport"],
+            int(row["num_sms"] or 0),
+            row["slow_link"],
+        )
+    )
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
+
+
+def _one_queue(row: Row) -> bool:
+    return row["command"].startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 ")
 
 
 def _pairs_of(rows: Sequence[Row]) -> str:
@@ -232,7 +243,8 @@ def _pairs_of(rows: Sequence[Row]) -> str:
         packs = "packing on " if row["transport"] == "copy_engine" else ""
         sms = f", {packs}{row['num_sms']} SMs" if row["num_sms"] else ""
         slow = _SLOW_LINKS[row["slow_link"]].format(float(row["repeats"]))
-        return f"{row['transport']}{sms}{slow}"
+        queue = ", one hardware queue" if _one_queue(row) else ""
+        return f"{row['transport']}{sms}{slow}{queue}"
 
     first = rows[0]
     columns = {
@@ -257,9 +269,9 @@ def _pairs_of(rows: Sequence[Row]) -> str:
 def steps() -> str:
     """Whole steps under each schedule, as stages of one host send by default; by ranks."""
     sizes = ("pp", "ep", "layers", "num_chunks", "tokens", "hidden", "experts")
-    rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"))
+    rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"), _one_queue)
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
-    rows = [row for row in rows if row["stage_transport"] == "copy_engine"]
+    rows = [r for r in rows if r["stage_transport"] == "copy_engine" and not _one_queue(r)]
     return "\n".join(_steps_of(group) for group in _by(rows, *sizes))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dualpipe_ext import env
+from dualpipe_ext import env, hardware_queue
 from dualpipe_ext.files import check_target, replacing
 
 RESULTS = Path("benchmarks") / "results"
@@ -59,7 +59,8 @@ def append(path: Path, command: str, rows: Sequence[Mapping[str, object]]) -> Pa
 
     Args:
         path: the file, made if there is none.
-        command: what to type to measure it again.
+        command: what to type to measure it again; what it says behind a variable that has all
+            streams share a hardware queue, if that is set.
         rows: what was measured, at least one row; the same keys in every row of a file.
 
     Returns:
@@ -68,6 +69,8 @@ def append(path: Path, command: str, rows: Sequence[Mapping[str, object]]) -> Pa
     Raises:
         ValueError: the file has other columns, or cannot be there.
     """
+    if hardware_queue.is_shared():
+        command = f"{hardware_queue.VARIABLE}=1 {command}"
     shared = {**circumstances(), "command": command}
     new = [{**shared, **row} for row in rows]
     columns = list(new[0])

@@ -33,6 +33,17 @@ def test_rows_are_appended_with_their_circumstances(tmp_path: Path) -> None:
     assert all(row["date"] and row["torch"] for row in rows)
 
 
+def test_one_hardware_queue_is_part_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "speed.csv"
+    for value in ("8", "1"):
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
+        append(path, "measure", [{"us": 1}])
+    commands = [row["command"] for row in read(path)]
+    assert commands == ["measure", "CUDA_DEVICE_MAX_CONNECTIONS=1 measure"]
+
+
 @pytest.mark.parametrize("columns", [["us"], ["note", "us"], ["us", "note", "more"]])
 def test_other_columns_are_refused_and_change_nothing(tmp_path: Path, columns: list[str]) -> None:
     path = tmp_path / "speed.csv"

@@ -104,10 +104,9 @@ def test_memory_levels_train_alike():
         train(replace(WIDE, model=replace(WIDE.model, memory_level=level)), 6)
         for level in range(MAX_LEVEL + 1)
     ]
-    assert runs[1] == runs[0]  # the same bits
-    for level in (2, 3):
-        assert runs[level] != runs[0]
-        assert runs[level] == pytest.approx(runs[0], abs=0.02)
+    for level in (1, 2, 3):
+        assert runs[level] != runs[0]  # rounded elsewhere, then FP8
+        assert runs[level] == pytest.approx(runs[0], abs=1e-4 if level == 1 else 0.02)
         assert runs[level][-1] < runs[level][0] - 0.3
 
 
