@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 # How much longer than a gap a weight gradient may be to go there, as a share of its time. Which
 # is best depends on how the pieces happen to fit: all are tried.
 _OVERHANGS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Times of what communicates include waits for SMs and for other ranks, which are longer or shorter
+# in another order: as shares of them, how long it may take. Orders are made for all of these, and
+# judged by all.
+_COMM_SHARES = (0.8, 0.9, 1.0, 1.1)
 # Share of a pair that leaving weight gradients to the next one must save: what they are computed
 # from stays in memory until then.
 _WORTH_LEAVING = 0.005
@@ -70,6 +75,23 @@ class PairTimes:
     def pieces(self, index: int) -> list[Launch]:
         """The deferred weight gradients of phase ``index``, one by one."""
         return [Launch("W", index, part) for part in range(len(self.weights[index]))]
+
+    def with_comm(
+        self, share: float, forward: Sequence[Phase], backward: Sequence[Phase]
+    ) -> PairTimes:
+        """With ``share`` of the times of what communicates."""
+
+        def changed(times: Sequence[float], phases: Sequence[Phase]) -> tuple[float, ...]:
+            return tuple(
+                share * seconds if phase.stream == "comm" else seconds
+                for seconds, phase in zip(times, phases, strict=True)
+            )
+
+        return replace(
+            self,
+            forward=changed(self.forward, forward),
+            backward=changed(self.backward, backward),
+        )
 
 
 def interleave(
@@ -132,8 +154,8 @@ def fill_gaps(
 
     The two sides take the same turns, so communication is launched in the same order whatever the
     times: ranks that measure different ones stay in step. Of several ways to place the weight
-    gradients, the one that ends first by :func:`predicted_span`; the one of :func:`interleave` is
-    among them.
+    gradients, the one that ends first by :func:`predicted_span`, on average over how long
+    communication may take; the one of :func:`interleave` is among them.
 
     A pair begins with communication of its backward that only its forward can hide: no weight
     gradient is there yet. Where that is too short, some are left to the next pair for this place.
@@ -148,20 +170,27 @@ def fill_gaps(
         but those that are left to the next pair.
     """
     turns = interleave(forward, backward, one_queue=times.one_queue)
+    guesses = [times.with_comm(share, forward, backward) for share in _COMM_SHARES]
+    spans: dict[tuple[Launch, ...], float] = {}
 
     def span(order: Sequence[Launch]) -> float:
-        return predicted_span(order, forward, backward, times)
+        key = tuple(order)
+        if key not in spans:
+            spans[key] = fmean(predicted_span(key, forward, backward, t) for t in guesses)
+        return spans[key]
 
     # min() takes the first of equals.
-    filled = [_fill(turns, forward, backward, times, o) for o in _OVERHANGS]
+    filled = [_fill(turns, forward, backward, t, o) for t in guesses for o in _OVERHANGS]
     best = min([turns, *filled], key=span)
     limit = (1 - _WORTH_LEAVING) * span(best)
     leaving = [
-        _fill(turns, forward, backward, times, overhang, left)
-        for left in _what_to_leave(turns, forward, backward, times)
+        _fill(turns, forward, backward, guess, overhang, left)
+        for guess in guesses
+        for left in _what_to_leave(turns, forward, backward, guess)
         for overhang in _OVERHANGS
     ]
     # Those that keep least in memory come first.
+    leaving.sort(key=lambda order: sum(map(times.of, _not_in(order, times))))
     enough = min(map(span, leaving), default=math.inf) + _WORTH_LEAVING * span(best)
     return next((order for order in leaving if span(order) <= min(enough, limit)), best)
 
