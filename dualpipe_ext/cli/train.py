@@ -77,8 +77,8 @@ class Arguments:
     memory_level: Annotated[
         int,
         typer.Option(
-            help="Activations kept for the backward: 0 all, 1 recompute norms and SwiGLU, "
-            "2 also rows of experts in FP8, 3 also SwiGLU's inputs in FP8.",
+            help="Activations kept for the backward: 0 all, 1 recompute norms and SwiGLU and keep "
+            "no outputs of experts, 2 also rows of experts in FP8, 3 also SwiGLU's inputs in FP8.",
             rich_help_panel=_RUN,
         ),
     ] = 1

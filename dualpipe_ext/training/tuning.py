@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from dualpipe_ext import env
+from dualpipe_ext import env, hardware_queue
 from dualpipe_ext.agreement import largest_of_ranks
 from dualpipe_ext.ep import Buffer
 from dualpipe_ext.ep.registry import ENVIRONMENT_VARIABLE
@@ -95,9 +95,13 @@ def described(partition: SMPartition, tuner: SMTuner | None) -> str:
     text = "copy engines" if number == 0 else f"{number} of {partition.num_sms} SMs"
     if partition.means != "none" and (number or not depends_on_number(partition.means)):
         text += f", compute told by {partition.means}"
-    if tuner is None:
-        return text + (", the transport's own" if partition.asked == AUTO else "")
-    return text + (", tuned" if tuner.done else ", being tuned")
+    if tuner is not None:
+        text += ", tuned" if tuner.done else ", being tuned"
+    elif partition.asked == AUTO:
+        text += ", the transport's own"
+    if hardware_queue.is_shared():
+        text += f"; one hardware queue ({hardware_queue.VARIABLE}=1), which hides less"
+    return text
 
 
 def tuning_lines(tuning: Tuning) -> list[str]:

@@ -111,6 +111,7 @@ def test_when_a_run_tunes():
 
 
 def test_what_the_table_says(monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     gpu = torch.device("cuda", 0)
@@ -122,6 +123,10 @@ def test_what_the_table_says(monkeypatch):
     assert described(auto, None) == "24 of 132 SMs, the transport's own"
     assert described(auto, SimpleNamespace(done=False)) == "24 of 132 SMs, being tuned"
     assert described(auto, SimpleNamespace(done=True)) == "24 of 132 SMs, tuned"
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert described(auto, SimpleNamespace(done=True)) == (
+        "24 of 132 SMs, tuned; one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1), which hides less"
+    )
 
 
 def test_what_is_said_of_a_tuning():
