@@ -16,6 +16,8 @@ import pytest
 # Tests and the ranks they start share few cores: OpenMP threads that wait for each other would spin
 # away the time of the others. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Launch orders depend on it: tests set it where they want it.
+os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
 
 HERE = Path(__file__).parent
 HOPPER = (9, 0)
