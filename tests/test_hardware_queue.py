@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,6 +25,15 @@ def test_queue_of_this_process(monkeypatch, value, shared):
     if value is not None:
         monkeypatch.setenv(hardware_queue.VARIABLE, value)
     assert hardware_queue.is_shared() is shared
-    order, _ = Launcher(torch.device("cpu")).orders.begin(SIDE, SIDE, may_time=False)
-    assert order == interleave(SIDE, SIDE, one_queue=shared)
-    assert (order != interleave(SIDE, SIDE)) is shared
+    for comm_sms in (None, 24):
+        assert order_beside(comm_sms) == interleave(SIDE, SIDE, one_queue=shared)
+    assert (order_beside(24) != interleave(SIDE, SIDE)) is shared
+    # Copy engines wait before they unpack.
+    assert order_beside(0) == interleave(SIDE, SIDE)
+
+
+def order_beside(comm_sms):
+    """The plain order of a pair while so many SMs communicate; 0: copy engines do."""
+    partition = SimpleNamespace(comm_sms=comm_sms, follow=lambda then: None)
+    launcher = Launcher(torch.device("cpu"), partition=partition)
+    return launcher.orders.begin(SIDE, SIDE, may_time=False)[0]

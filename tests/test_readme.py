@@ -89,6 +89,9 @@ def test_tables_are_what_the_recorded_rows_say():
     assert TOOL["filled"](README) == README, "run python tools/readme_tables.py"
 
 
+QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS=1"
+
+
 def write_rows(folder: Path, rows: list[dict[str, str]], name: str = "eplb") -> None:
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -117,6 +120,28 @@ def test_rows_of_a_gpu_replace_those_of_a_cpu(tmp_path, monkeypatch):
     assert "GPU A" in table
     assert "2nd" in table
     assert table.count("58 x 256 to 288 on 32 in 4 hosts") == 2
+
+
+def test_rows_of_one_hardware_queue_replace_no_others(tmp_path, monkeypatch):
+    with (ROOT / "benchmarks" / "results" / "memory.csv").open(newline="") as file:
+        first = next(csv.DictReader(file)) | {"step_ms_p50": "11.5"}
+    command = f"{QUEUE} {first['command']}"
+    monkeypatch.setitem(TOOL["memory"].__globals__, "RESULTS", tmp_path)
+    write_rows(tmp_path, [first, first | {"command": command, "step_ms_p50": "99.5"}], "memory")
+    table = TOOL["memory"]()
+    assert "| 11.5 |" in table
+    assert "99.5" not in table
+
+
+def test_pairs_in_one_hardware_queue_are_rows_of_their_own(tmp_path, monkeypatch):
+    with (ROOT / "benchmarks" / "results" / "pipeline.csv").open(newline="") as file:
+        usual = [row for row in csv.DictReader(file) if row["part"] == "pair"][-1]
+    usual |= {"pair_ms_p50": "11.5", "command": "dualpipe bench pipeline"}
+    shared = usual | {"pair_ms_p50": "99.5", "command": f"{QUEUE} dualpipe bench pipeline"}
+    monkeypatch.setitem(TOOL["pairs"].__globals__, "RESULTS", tmp_path)
+    write_rows(tmp_path, [shared, usual], "pipeline")
+    table = TOOL["pairs"]()
+    assert table.index("| 11.5 |") < table.index(", one hardware queue |") < table.index("| 99.5 |")
 
 
 def test_shares_of_plain_pushes_and_copies_are_shown_where_measured(tmp_path, monkeypatch):

@@ -25,7 +25,11 @@ _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.
 
 
 def rows_of(
-    name: str, question: Sequence[str], beside: Callable[[Row], object] = lambda row: None
+    name: str,
+    question: Sequence[str],
+    beside: Callable[[Row], object] = lambda row: None,
+    *,
+    one_queue: bool = False,
 ) -> list[Row]:
     """The row to show for each distinct content of the columns ``question``, in file order.
 
@@ -33,13 +37,18 @@ def rows_of(
         name: of the file.
         question: columns.
         beside: what else tells questions apart.
+        one_queue: with rows that were measured while all streams shared a hardware queue.
     """
     with (RESULTS / f"{name}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if one_queue or not _one_queue(row)]
     chosen: dict[object, Row] = {}
     for row in sorted(rows, key=lambda row: row["gpu"] != "none"):  # stable: the last one wins
         chosen[tuple(row[column] for column in question), beside(row)] = row
     return [row for row in rows if any(row is shown for shown in chosen.values())]
+
+
+def _one_queue(row: Row) -> bool:
+    return row["command"].startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 ")
 
 
 def markdown(rows: Sequence[Row], columns: dict[str, Callable[[Row], str]]) -> str:
@@ -218,7 +227,12 @@ def pairs() -> str:
     """
     sizes = ("ep", "experts", "layers", "tokens", "hidden", "expert_hidden", "top_k")
     shape = (*sizes, "transport", "num_sms", "sm_means", "graphs")
-    rows = rows_of("pipeline", (*shape, "part"), lambda row: (row["slow_link"], _one_queue(row)))
+    rows = rows_of(
+        "pipeline",
+        (*shape, "part"),
+        lambda row: (row["slow_link"], _one_queue(row)),
+        one_queue=True,
+    )
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     usual = {"sm_means": "yielding", "graphs": "False"}
     rows = [row for row in rows if all(row[name] == value for name, value in usual.items())]
@@ -232,10 +246,6 @@ def pairs() -> str:
         )
     )
     return "\n".join(_pairs_of(group) for group in _by(rows, *sizes))
-
-
-def _one_queue(row: Row) -> bool:
-    return row["command"].startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 ")
 
 
 def _pairs_of(rows: Sequence[Row]) -> str:
@@ -269,9 +279,9 @@ def _pairs_of(rows: Sequence[Row]) -> str:
 def steps() -> str:
     """Whole steps under each schedule, as stages of one host send by default; by ranks."""
     sizes = ("pp", "ep", "layers", "num_chunks", "tokens", "hidden", "experts")
-    rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"), _one_queue)
+    rows = rows_of("pipeline", (*sizes, "stage_transport", "part", "schedule"))
     rows = [row for row in rows if row["part"] == "step" and row["status"] == "ok"]
-    rows = [r for r in rows if r["stage_transport"] == "copy_engine" and not _one_queue(r)]
+    rows = [row for row in rows if row["stage_transport"] == "copy_engine"]
     return "\n".join(_steps_of(group) for group in _by(rows, *sizes))
 
 

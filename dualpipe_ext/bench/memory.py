@@ -40,7 +40,7 @@ Row = dict[str, object]
 _WARM_UP = 2
 _MIB = 2**20
 LEVELS = range(MAX_LEVEL + 1)
-# Far above what rounding (level 1) and FP8 do to a gradient, far below what a mistake does.
+# Above what rounding (level 1) and FP8 do to a gradient, far below what a mistake does.
 _LARGEST_ERROR = {1: 0.02, 2: 0.15, 3: 0.15}
 
 

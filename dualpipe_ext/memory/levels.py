@@ -23,7 +23,7 @@ class MemoryPlan:
             keep themselves, and reshaped or cast copies are made again. The same bits.
         weighted_experts: from level 1. An expert's rows are multiplied by their top-k weights
             inside SwiGLU, so that combine is a plain sum and need not keep the experts' outputs.
-            Equal but for rounding.
+            Equal but for rounding: in FP8, if the experts multiply in it.
         fp8_rows: from level 2. The rows that experts receive are kept in FP8 for the weight
             gradient; no other gradient depends on them.
         fp8_swiglu: from level 3. The inputs of SwiGLU are kept in FP8. (As in DeepSeek-V3:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -171,28 +172,28 @@ def fill_gaps(
     """
     turns = interleave(forward, backward, one_queue=times.one_queue)
     guesses = [times.with_comm(share, forward, backward) for share in _COMM_SHARES]
-    spans: dict[tuple[Launch, ...], float] = {}
 
-    def span(order: Sequence[Launch]) -> float:
-        key = tuple(order)
-        if key not in spans:
-            spans[key] = fmean(predicted_span(key, forward, backward, t) for t in guesses)
-        return spans[key]
+    def filled(sets: Callable[[PairTimes], Iterable[Set[Launch]]]) -> list[tuple[Launch, ...]]:
+        found = (
+            tuple(_fill(turns, forward, backward, guess, overhang, left))
+            for guess in guesses
+            for left in sets(guess)
+            for overhang in _OVERHANGS
+        )
+        return list(dict.fromkeys(found))
+
+    @cache
+    def span(order: tuple[Launch, ...]) -> float:
+        return fmean(predicted_span(order, forward, backward, guess) for guess in guesses)
 
     # min() takes the first of equals.
-    filled = [_fill(turns, forward, backward, t, o) for t in guesses for o in _OVERHANGS]
-    best = min([turns, *filled], key=span)
+    best = min([tuple(turns), *filled(lambda _: [frozenset()])], key=span)
     limit = (1 - _WORTH_LEAVING) * span(best)
-    leaving = [
-        _fill(turns, forward, backward, guess, overhang, left)
-        for guess in guesses
-        for left in _what_to_leave(turns, forward, backward, guess)
-        for overhang in _OVERHANGS
-    ]
-    # Those that keep least in memory come first.
+    leaving = filled(lambda guess: _what_to_leave(turns, forward, backward, guess))
+    # Those that leave least come first: what it is computed from stays in memory.
     leaving.sort(key=lambda order: sum(map(times.of, _not_in(order, times))))
     enough = min(map(span, leaving), default=math.inf) + _WORTH_LEAVING * span(best)
-    return next((order for order in leaving if span(order) <= min(enough, limit)), best)
+    return list(next((o for o in leaving if span(o) <= min(enough, limit)), best))
 
 
 def predicted_span(
@@ -226,8 +227,9 @@ def _not_in(order: Sequence[Launch], times: PairTimes) -> list[Launch]:
     return [
         piece
         for index in range(len(times.weights))
+        if Launch("W", index) not in named
         for piece in times.pieces(index)
-        if not named & {piece, Launch("W", index)}
+        if piece not in named
     ]
 
 
@@ -335,8 +337,9 @@ def _what_to_leave(
 ) -> Iterator[frozenset[Launch]]:
     """Weight gradients that might fill the first gap of the next pair.
 
-    From those that are there last, for which the least memory waits, to all. Gradients of one
-    weight are added up in their order, so a weight that has several in a pair is left out.
+    Of those that are there last, for which memory waits for the shortest time, or of more, up to
+    all. Gradients of one weight are added up in their order, so a weight that has several in a pair
+    is left out.
     """
     room = _first_gap(turns, forward, backward, times)
     num = Counter(times.weight_of.values())

@@ -107,7 +107,9 @@ class Launcher:
         self._left: ChunkGraph | None = None  # whose weight gradients have not all been computed
 
     def _use_orders_of(self, comm_sms: int | None) -> None:
-        orders = PairOrders(self._agree, one_queue=hardware_queue.is_shared())
+        # Copy engines wait before they unpack, and, in one queue, so does all that is behind them.
+        one_queue = hardware_queue.is_shared() and comm_sms != 0
+        orders = PairOrders(self._agree, one_queue=one_queue)
         self.orders = self._orders.setdefault(comm_sms, orders)
 
     def can_time(self) -> bool:

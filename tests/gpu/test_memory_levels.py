@@ -87,7 +87,7 @@ def test_gradients_in_bfloat16():
     found = run_ranks(errors, 1, run_timeout_s=300)[0]
     # Other roundings of the experts' outputs; attention's backward adds up in another order every
     # time.
-    assert max(found[1].values()) < 2.0**-5
+    assert max(found[1].values()) < 0.02
     # And FP8 in one gradient.
     assert 2.0**-8 < found[2]["experts.gate_up"] < 2.0**-4
     assert max(e for name, e in found[2].items() if name != "experts.gate_up") < 2.0**-4

@@ -40,6 +40,8 @@ TOKENS = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
 FP8_CONFIG = CONFIG.with_overrides(fp8_experts=True)
 DOCS = Path(__file__).parents[2] / "docs"
 LEVELS = range(MAX_LEVEL + 1)
+# Level 1, but for what it recomputes.
+KEPT = replace(MemoryPlan.of_level(1), recompute=False)
 
 
 def build(dtype: torch.dtype, config: ModelConfig = CONFIG) -> LanguageModelStage:
@@ -79,10 +81,14 @@ def test_level_1_only_rounds_elsewhere(double):
     assert max(double[1].values()) < 1e-13
 
 
-def gradients(stage: LanguageModelStage, plan: MemoryPlan) -> dict[str, Tensor]:
+def follow(stage: LanguageModelStage, plan: MemoryPlan) -> None:
     for module in stage.modules():
         if isinstance(getattr(module, "memory", None), MemoryPlan):
             module.memory = plan
+
+
+def gradients(stage: LanguageModelStage, plan: MemoryPlan) -> dict[str, Tensor]:
+    follow(stage, plan)
     stage.zero_grad()
     loss_of(stage(TOKENS)).backward()
     return {name: parameter.grad for name, parameter in stage.named_parameters()}
@@ -90,9 +96,8 @@ def gradients(stage: LanguageModelStage, plan: MemoryPlan) -> dict[str, Tensor]:
 
 def changed_by_recomputation(dtype: torch.dtype, config: ModelConfig) -> set[str]:
     """Names of gradients that level 1 would have otherwise if it kept everything."""
-    stage, plan = build(dtype, config), MemoryPlan.of_level(1)
-    kept = gradients(stage, replace(plan, recompute=False))
-    again = gradients(stage, plan)
+    stage = build(dtype, config)
+    kept, again = gradients(stage, KEPT), gradients(stage, MemoryPlan.of_level(1))
     return {name for name, grad in kept.items() if not torch.equal(grad, again[name])}
 
 
@@ -193,10 +198,10 @@ def test_level_3_of_deepseek_v3_keeps_less_than_half_and_the_tables_say_so():
         assert re.search(rf"^\| {level} \|.*\| {count / total[0]:.0%} \|$", guide, re.MULTILINE)
 
 
-def paired_gradients(level: int) -> dict[str, Tensor]:
+def paired_gradients(plan: MemoryPlan) -> dict[str, Tensor]:
     """Of two chunks, the second's forward interleaved with the first's backward."""
     stage = build(torch.float64)
-    set_memory_level(stage, level)
+    follow(stage, plan)
     launcher, store = Launcher(torch.device("cpu")), WeightGradStore()
     grad = torch.randn(2, 32, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     graphs = [
@@ -216,11 +221,13 @@ def paired_gradients(level: int) -> dict[str, Tensor]:
 
 
 def pairs() -> list[dict[str, Tensor]]:
-    return [paired_gradients(level) for level in LEVELS]
+    """At every level, and at level 1 without recomputation."""
+    return [paired_gradients(plan) for plan in (*map(MemoryPlan.of_level, LEVELS), KEPT)]
 
 
 def test_overlapped_and_deferred_backwards_give_the_same():
-    plain, *others = on_one_rank(pairs)
+    plain, *others, kept = on_one_rank(pairs)
+    assert all(torch.equal(others[0][name], grad) for name, grad in kept.items())
     for level, found in enumerate(others, 1):
         largest = 1e-13 if level == 1 else 2 * 2.0**-4
         for name, grad in plain.items():

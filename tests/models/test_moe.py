@@ -105,7 +105,7 @@ MOVED = "moved"
 FREE = ("aten.alias", "aten.detach", "aten.empty", "aten.view")
 
 
-@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("level", [1, 2, 3])
 def test_phases_of_communication_end_with_what_moves(level):
     """A kernel behind it would hold up whoever waits, and, in one hardware queue, everybody."""
     config = CONFIG.with_overrides(
