@@ -12,10 +12,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Tests and the ranks they start share few cores: OpenMP threads that wait for each other would spin
 # away the time of the others. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing on a machine that others use.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 HERE = Path(__file__).parent
 HOPPER = (9, 0)

@@ -23,7 +23,7 @@ def assert_same_plan(planner, loads, sizes):
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shape=shapes(max_nodes=4, max_gpus=12, max_experts=48, max_extra=3),
     kind=st.sampled_from(LOADS),

@@ -86,7 +86,7 @@ def assert_as_planned(kernel, loads, sizes, **options):
     assert int(status.min()) >= 1
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     shape=shapes(max_nodes=4, max_gpus=12, max_experts=48, max_extra=3),
     kind=st.sampled_from(LOADS),

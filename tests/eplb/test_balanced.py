@@ -52,7 +52,7 @@ def assert_holds(phy2log: torch.Tensor, num_experts: int, sizes: Sizes) -> None:
             assert len(node[layer == group].unique()) == 1
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(shape=shapes(), data=st.data(), tolerance=st.sampled_from([0.0, 0.05]))
 def test_any_shape(shape: tuple[int, ...], data: st.DataObject, tolerance: float) -> None:
     num_layers, num_experts, num_slots, num_groups, num_nodes, num_gpus = shape
@@ -86,7 +86,7 @@ def test_any_shape(shape: tuple[int, ...], data: st.DataObject, tolerance: float
             assert sum(a == b for a, b in zip(was, now, strict=True)) == stay
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes(), seed=st.integers(0, 2**31))
 def test_never_less_balanced_than_the_reference_on_random_loads(
     shape: tuple[int, ...], seed: int

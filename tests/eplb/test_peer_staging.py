@@ -22,7 +22,7 @@ def slots_of(tables: list[torch.Tensor], phy2log: list[int], rank: int, per_rank
     return [torch.stack([table[e] for e in index]) for table in tables]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**31))
 def test_several_layers_arrive_bit_for_bit(num_ranks: int, per_rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

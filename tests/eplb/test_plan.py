@@ -117,7 +117,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int, int, int, int]:
     return draw(st.integers(1, 4)), num_experts, num_slots, num_groups, num_nodes, num_gpus
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(shape=shapes(), data=st.data())
 def test_any_shape_and_ties(shape: tuple[int, ...], data: st.DataObject) -> None:
     num_layers, num_experts, *sizes = shape

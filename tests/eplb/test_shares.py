@@ -18,7 +18,7 @@ def running_counts(weights: torch.Tensor, num_uses: int, offset: int) -> torch.T
     return torch.nn.functional.one_hot(picked, len(weights)).cumsum(0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     parts=st.lists(st.sampled_from([0, 1, 2, 5, 100, 4096]), min_size=1, max_size=9).filter(any),
     offset=st.integers(0, 70),

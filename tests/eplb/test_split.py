@@ -58,7 +58,7 @@ def placements(draw) -> tuple[torch.Tensor, Placement, int]:
     return 1000 * loads, Placement.from_phy2log(torch.stack(rows), num_experts), num_gpus
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=placements())
 def test_reaches_the_optimum_and_proves_it(case):
     loads, placement, num_gpus = case

@@ -57,7 +57,7 @@ def test_the_kernel_is_what_plans():
     assert on_device.usable(torch.device("cuda"), 1024, Sizes(2048, 1, 1, 512))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(
     shape=shapes(max_nodes=8, max_gpus=96, max_experts=320, max_extra=3),
     kind=st.sampled_from(LOADS),

@@ -20,7 +20,7 @@ def edited(plan: Plan, rank: int, steps: list[Action | Pair]) -> Plan:
     return dataclasses.replace(plan, actions=tuple(actions))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=st.sampled_from(KINDS), half=st.integers(1, 5), extra=st.integers(0, 14))
 def test_every_plan_is_complete_and_does_not_deadlock(kind: str, half: int, extra: int) -> None:
     # Odd rank counts and fewer chunks than ranks, where the kind has them.

@@ -148,7 +148,7 @@ def test_no_communication_at_the_turn_of_a_v() -> None:
     assert run("zbv", 1, 1, F=1, B=2, comm=100).makespan == 3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(KINDS),
     half=st.integers(1, 3),

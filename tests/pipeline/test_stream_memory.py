@@ -98,7 +98,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ACTIONS)
 def test_whatever_the_order_nothing_goes_early_and_nothing_stays(actions: list) -> None:
     """A model beside it: a tensor may go once its home has waited for an event behind its drop."""
