@@ -21,7 +21,6 @@ SIDE = [
     ("value", "shared"), [(None, False), ("", False), ("8", False), ("1", True), (" 1 ", True)]
 )
 def test_queue_of_this_process(monkeypatch, value, shared):
-    monkeypatch.delenv(hardware_queue.VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(hardware_queue.VARIABLE, value)
     assert hardware_queue.is_shared() is shared

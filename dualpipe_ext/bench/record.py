@@ -59,8 +59,8 @@ def append(path: Path, command: str, rows: Sequence[Mapping[str, object]]) -> Pa
 
     Args:
         path: the file, made if there is none.
-        command: what to type to measure it again; what it says behind a variable that has all
-            streams share a hardware queue, if that is set.
+        command: what to type to measure it again. The file has it behind the variable of
+            ``hardware_queue``, if that is set.
         rows: what was measured, at least one row; the same keys in every row of a file.
 
     Returns:

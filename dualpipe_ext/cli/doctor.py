@@ -249,7 +249,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
     if gpus and hardware_queue.is_shared():
         advice.append(
             f"{hardware_queue.VARIABLE}=1 has all streams share one hardware queue: less "
-            "communication is hidden, and almost none of copy engines. Unset it, unless tensor "
+            "communication is hidden, and little of copy engines. Unset it, unless tensor "
             "parallelism needs it; then let kernels move the tokens (nvlink)"
         )
     return advice

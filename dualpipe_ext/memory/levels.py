@@ -65,7 +65,11 @@ def set_memory_level(model: nn.Module, level: int) -> None:
     Raises:
         ValueError: no such level, or nothing in ``model`` follows the levels; nothing has changed.
     """
-    plan = MemoryPlan.of_level(level)
+    set_memory_plan(model, MemoryPlan.of_level(level))
+
+
+def set_memory_plan(model: nn.Module, plan: MemoryPlan) -> None:
+    """As :func:`set_memory_level`, with a plan that need be no level's."""
     found = [m for m in model.modules() if isinstance(getattr(m, "memory", None), MemoryPlan)]
     if not found:
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import fmean
@@ -155,8 +155,8 @@ def fill_gaps(
 
     The two sides take the same turns, so communication is launched in the same order whatever the
     times: ranks that measure different ones stay in step. Of several ways to place the weight
-    gradients, the one that ends first by :func:`predicted_span`, on average over how long
-    communication may take; the one of :func:`interleave` is among them.
+    gradients, the one that ends first by :func:`mean_span`; the one of :func:`interleave` is among
+    them.
 
     A pair begins with communication of its backward that only its forward can hide: no weight
     gradient is there yet. Where that is too short, some are left to the next pair for this place.
@@ -171,25 +171,28 @@ def fill_gaps(
         but those that are left to the next pair.
     """
     turns = interleave(forward, backward, one_queue=times.one_queue)
-    guesses = [times.with_comm(share, forward, backward) for share in _COMM_SHARES]
+    guesses = _guesses(forward, backward, times)
 
-    def filled(sets: Callable[[PairTimes], Iterable[Set[Launch]]]) -> list[tuple[Launch, ...]]:
+    def filled(cases: Iterable[tuple[PairTimes, Set[Launch]]]) -> list[tuple[Launch, ...]]:
         found = (
             tuple(_fill(turns, forward, backward, guess, overhang, left))
-            for guess in guesses
-            for left in sets(guess)
+            for guess, left in cases
             for overhang in _OVERHANGS
         )
         return list(dict.fromkeys(found))
 
     @cache
     def span(order: tuple[Launch, ...]) -> float:
-        return fmean(predicted_span(order, forward, backward, guess) for guess in guesses)
+        return mean_span(order, forward, backward, times)
 
     # min() takes the first of equals.
-    best = min([tuple(turns), *filled(lambda _: [frozenset()])], key=span)
+    best = min([tuple(turns), *filled((guess, frozenset()) for guess in guesses)], key=span)
     limit = (1 - _WORTH_LEAVING) * span(best)
-    leaving = filled(lambda guess: _what_to_leave(turns, forward, backward, guess))
+    leaving = filled(
+        (guess, left)
+        for guess in guesses
+        for left in _what_to_leave(turns, forward, backward, guess)
+    )
     # Those that leave least come first: what it is computed from stays in memory.
     leaving.sort(key=lambda order: sum(map(times.of, _not_in(order, times))))
     enough = min(map(span, leaving), default=math.inf) + _WORTH_LEAVING * span(best)
@@ -219,6 +222,23 @@ def predicted_span(
         else:
             streams.run(launch)
     return max(streams.free.values())
+
+
+def mean_span(
+    order: Sequence[Launch],
+    forward: Sequence[Phase],
+    backward: Sequence[Phase],
+    times: PairTimes,
+) -> float:
+    """The mean of :func:`predicted_span`, in seconds, over how long communication may take."""
+    guesses = _guesses(forward, backward, times)
+    return fmean(predicted_span(order, forward, backward, guess) for guess in guesses)
+
+
+def _guesses(
+    forward: Sequence[Phase], backward: Sequence[Phase], times: PairTimes
+) -> list[PairTimes]:
+    return [times.with_comm(share, forward, backward) for share in _COMM_SHARES]
 
 
 def _not_in(order: Sequence[Launch], times: PairTimes) -> list[Launch]:

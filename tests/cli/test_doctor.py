@@ -75,7 +75,6 @@ def test_bare_machine(monkeypatch):
 @pytest.mark.usefixtures("no_core")
 def test_one_hardware_queue_is_advised_against(monkeypatch):
     monkeypatch.setattr(doctor.nvml, "query", lambda: TWO_HOPPERS)
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in rendered(doctor.collect())
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1 has all streams share" in rendered(doctor.collect())

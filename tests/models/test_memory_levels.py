@@ -20,6 +20,7 @@ from dualpipe_ext.memory import (
     saved_bytes,
     set_memory_level,
 )
+from dualpipe_ext.memory.levels import set_memory_plan
 from dualpipe_ext.models import LanguageModelStage, ModelConfig, initialize
 from dualpipe_ext.models.activations import kept_bytes_per_token
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
@@ -81,14 +82,8 @@ def test_level_1_only_rounds_elsewhere(double):
     assert max(double[1].values()) < 1e-13
 
 
-def follow(stage: LanguageModelStage, plan: MemoryPlan) -> None:
-    for module in stage.modules():
-        if isinstance(getattr(module, "memory", None), MemoryPlan):
-            module.memory = plan
-
-
 def gradients(stage: LanguageModelStage, plan: MemoryPlan) -> dict[str, Tensor]:
-    follow(stage, plan)
+    set_memory_plan(stage, plan)
     stage.zero_grad()
     loss_of(stage(TOKENS)).backward()
     return {name: parameter.grad for name, parameter in stage.named_parameters()}
@@ -201,7 +196,7 @@ def test_level_3_of_deepseek_v3_keeps_less_than_half_and_the_tables_say_so():
 def paired_gradients(plan: MemoryPlan) -> dict[str, Tensor]:
     """Of two chunks, the second's forward interleaved with the first's backward."""
     stage = build(torch.float64)
-    follow(stage, plan)
+    set_memory_plan(stage, plan)
     launcher, store = Launcher(torch.device("cpu")), WeightGradStore()
     grad = torch.randn(2, 32, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     graphs = [

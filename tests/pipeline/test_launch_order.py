@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import fmean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dualpipe_ext.pipeline.launch_order import (
-    _COMM_SHARES,
     LEFT,
     Launch,
     PairTimes,
     fill_gaps,
     interleave,
+    mean_span,
     predicted_span,
 )
 from dualpipe_ext.pipeline.overlap import Phase
@@ -32,12 +31,6 @@ def times_of(side, *, compute, comm, weights):
     per_phase = [comm if phase.stream == "comm" else compute[phase.name] for phase in side]
     parts = [() if phase.stream == "comm" else weights[phase.name] for phase in side]
     return PairTimes(tuple(per_phase), tuple(per_phase), tuple(parts))
-
-
-def mean_span(order, forward, backward, times):
-    """Over the lengths of communication that orders are judged by."""
-    guesses = [times.with_comm(share, forward, backward) for share in _COMM_SHARES]
-    return fmean(predicted_span(order, forward, backward, guess) for guess in guesses)
 
 
 def one_layer():
