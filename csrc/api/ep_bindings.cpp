@@ -302,7 +302,15 @@ void bind_reports(py::module_& m) {
             }
             return rows;
           },
-          py::arg("index"), py::arg("num_ranks"));
+          py::arg("index"), py::arg("num_ranks"))
+      .def(
+          "counts",
+          [](const RouteReports& reports, uint32_t index, uint32_t num_local_experts) {
+            const int32_t* counts = reports.at(index).counts;
+            return std::vector<int32_t>(counts,
+                                        counts + std::min(num_local_experts, kMaxLocalExperts));
+          },
+          py::arg("index"), py::arg("num_local_experts"));
 }
 
 // Arguments of a call come by position: one by one by name would take as long as the launch.
@@ -366,6 +374,7 @@ void bind_plans(py::module_& m) {
 
 void bind_ep(py::module_& m) {
   m.attr("MAX_LOCAL_RANKS") = kMaxLocalRanks;
+  m.attr("MAX_LOCAL_EXPERTS") = kMaxLocalExperts;
   m.attr("SEGMENT_UNITS") = kSegmentUnits;
   bind_reports(m);
   py::class_<Comm>(m, "Comm").def(py::init(&make_comm), py::arg("peers"), py::arg("layout"),

@@ -378,13 +378,19 @@ __device__ void summary_job(const Router& r, unsigned long long* arriving) {
     report->matrix[i] = sum;
     if (r.call.expert_layout == 0) atomicAdd(&arriving[i % num_ranks], sum);
   }
-  for (uint32_t e = threadIdx.x; r.call.expert_layout != 0 && e < r.num_experts(); e += kThreads) {
+  for (uint32_t e = threadIdx.x; e < r.num_experts(); e += kThreads) {
+    const uint32_t rank = e / r.num_local();
+    // Where a bound is given the host reads no counts, and the bound may cut them.
+    const bool told = rank == r.me && r.call.max_rows < 0;
+    if (!told && r.call.expert_layout == 0) continue;
     uint64_t total = 0;
     for (uint32_t i = 0; i < num_ranks * kRouteParts; ++i) {
       total += r.chosen(i / kRouteParts, i % kRouteParts, e);
     }
+    if (told) report->counts[e % r.num_local()] = static_cast<int32_t>(total);
+    if (r.call.expert_layout == 0) continue;
     total = (total + r.call.alignment - 1) / r.call.alignment * r.call.alignment;
-    atomicAdd(&arriving[e / r.num_local()], total);
+    atomicAdd(&arriving[rank], total);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -9,6 +9,9 @@
 
 namespace dualpipe {
 
+// Experts of one rank: their counts have to fit the shared memory of the kernel.
+inline constexpr uint32_t kMaxLocalExperts = 2048;
+
 // What is wrong with a call that all ranks have made.
 enum class RouteFault : uint32_t { kNone = 0, kBadIds = 1, kMismatch = 2, kOverflow = 3 };
 
@@ -25,6 +28,7 @@ struct RouteReport {
   int64_t fault_count;                    // kBadIds: how many; kOverflow: rows that would arrive
   int64_t num_rows;                       // rows that arrive at this rank, in the layout asked for
   int32_t matrix[kMaxRanks * kMaxRanks];  // [R, R] tokens that rank s sends to rank d
+  int32_t counts[kMaxLocalExperts];       // [G] rows of each local expert; for calls without bound
 };
 
 // One rank's call.

@@ -411,6 +411,7 @@ def _received(
         return ExpertMajor(
             tokens=tokens,
             counts=handle.counts,
+            host_counts=handle.host_counts,
             scales=scales,
             event=event,
             grad_carrier=grad_carrier,
@@ -421,6 +422,7 @@ def _received(
     return TokenMajor(
         tokens=tokens,
         counts=handle.counts,
+        host_counts=handle.host_counts,
         scales=scales,
         event=event,
         grad_carrier=grad_carrier,

@@ -111,6 +111,7 @@ class CollectiveTransport(Transport):
             "alignment": options.alignment,
             "num_tokens": topk_idx.shape[0],
             "counts": counts,
+            "host_counts": counts.tolist() if options.max_recv_tokens is None else None,
             "send_index": send_index,
             "send_rows": send_rows,
             "recv_rows": recv_rows,

@@ -60,6 +60,8 @@ class Handle(_WeaklyReferable):
     """Expert layout: int32 [E/R], see :class:`ExpertMajor`."""
     counts: Tensor = field(repr=False)
     """int64 [E/R], rows that each local expert has, padding not counted."""
+    host_counts: list[int] | None = field(default=None, repr=False)
+    """The same as numbers, where the host has waited for them; see :class:`Received`."""
     zero_copy: bool = False
     """Whether rows are left in the communication buffer if they can be."""
     key: int = field(init=False, repr=False)
@@ -99,6 +101,10 @@ class Received:
     tokens: Tensor
     counts: Tensor
     """int64 [E/R]: rows for each local expert, padding not counted."""
+    host_counts: list[int] | None = None
+    """The same [E/R] as numbers: for grouped GEMMs that are told sizes by the host. Reading
+    ``counts`` there would wait for all rows; these came with the number of rows. None with
+    ``max_recv_tokens``, where the host waits for nothing, and in compiled code."""
     scales: Tensor | None = None
     event: Event = field(default_factory=Event, repr=False)
     grad_carrier: Tensor | None = field(default=None, repr=False)

@@ -28,10 +28,6 @@ T = TypeVar("T")
 
 ROW_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
-# Experts of one rank whose counts fit the shared memory of the route kernel.
-MAX_LOCAL_EXPERTS = 2048
-
-
 # Slab 0 takes what is copied or summed within the call.
 _TRANSIT_SLABS = 1
 
@@ -82,9 +78,10 @@ class PeerTransport(Transport):
     @classmethod
     def unavailable(cls, config: TransportConfig) -> str | None:
         reason = memory.unavailable(config)
-        if reason is None and config.num_local_experts > MAX_LOCAL_EXPERTS:
-            reason = f"more than {MAX_LOCAL_EXPERTS} experts on a rank"
-        return reason
+        if reason is not None:
+            return reason
+        most = core.module().MAX_LOCAL_EXPERTS
+        return f"more than {most} experts on a rank" if config.num_local_experts > most else None
 
     @classmethod
     def _num_kept_slabs(cls, config: TransportConfig) -> int:
@@ -294,7 +291,7 @@ class PeerTransport(Transport):
         if options.layout == "expert":
             self._check_alignment(options)
         topk_idx = rows_on_16_bytes(topk_idx)
-        num_rows, sent = options.max_recv_tokens, None
+        num_rows, sent, host_counts = options.max_recv_tokens, None, None
         found = self._handle_arrays(topk_idx, options)
         self._launch_route(topk_idx, options, found)
         if num_rows is None:
@@ -302,6 +299,7 @@ class PeerTransport(Transport):
             self._raise_fault(_WATCHED, options, topk_idx)
             num_rows = self._reports.num_rows(_WATCHED)
             sent = self._reports.matrix(_WATCHED, self.config.num_ranks)
+            host_counts = self._reports.counts(_WATCHED, self.config.num_local_experts)
             if options.layout == "token":
                 found["topk_idx"] = found["topk_idx"][:num_rows]
         return PeerHandle(
@@ -311,6 +309,7 @@ class PeerTransport(Transport):
             zero_copy=options.zero_copy,
             num_tokens=topk_idx.shape[0],
             num_rows=num_rows,
+            host_counts=host_counts,
             sent=sent,
             **found,
         )

@@ -92,6 +92,8 @@ def round_trip_equals_reference(
     recv, handle = buffer.dispatch(*ranks.inputs(case), **how)
     want = received(ranks, case, **how)
     expect_equal(recv, want[rank], what)
+    waits = how.get("max_recv_tokens") is None
+    assert recv.host_counts == (want[rank].counts.tolist() if waits else None), what
 
     # Expert outputs: another drawing of the received rows' values.
     outputs = [scramble(r.tokens, seed) for seed, r in enumerate(want)]
