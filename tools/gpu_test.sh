@@ -137,6 +137,10 @@ bench() {  # one after the other: they measure
   run bench-pack "${dualpipe[@]}" pipeline --parts pair --layers 2 --rounds 3 \
     --transports copy_engine --pack-sms 4,8,16 --output "$out/pipeline.csv" \
     --picture "$out/pack.png"
+  if "$python" -c 'import megatron.core' 2>/dev/null; then
+    run bench-megatron "$python" benchmarks/megatron_dispatcher.py
+    cp benchmarks/results/megatron.csv "$out" || status=1
+  fi
   run bench-curves "$python" benchmarks/loss_curves.py --steps 200 --comm-sms 0 --batch 128
   cp benchmarks/results/loss_curves.csv build/benchmarks/loss-curves/loss-curves.png "$out" || status=1
 }

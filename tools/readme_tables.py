@@ -334,6 +334,37 @@ def _memory_of(rows: Sequence[Row]) -> str:
     )
 
 
+def megatron() -> str:
+    """Megatron's dispatchers; by ranks."""
+    sizes = ("ranks", "tokens", "hidden", "experts", "top_k")
+    rows = rows_of("megatron", (*sizes, "dispatcher", "transport", "num_sms"))
+    return "\n".join(_megatron_of(group) for group in _by(rows, *sizes))
+
+
+def _megatron_of(rows: Sequence[Row]) -> str:
+    first = rows[0]
+
+    def dispatcher(row: Row) -> str:
+        if not row["transport"]:
+            return f"{row['dispatcher']}, NCCL"
+        sms = "copy engines" if row["num_sms"] == "0" else f"{row['num_sms']} SMs"
+        return f"{row['dispatcher']}, {row['transport']}: {sms}"
+
+    columns = {
+        f"Megatron's dispatcher, {first['ranks']} GPUs": dispatcher,
+        "us forward": number("forward_us_p50", ",.0f"),
+        "us forward and backward": number("both_us_p50", ",.0f"),
+        "MiB at the peak": number("peak_mib", ",.0f"),
+    }
+    return (
+        f"{markdown(rows, columns)}\n"
+        f"*All that a layer does around its experts; {first['tokens']} tokens a rank x "
+        f"{first['hidden']}, {first['experts']} experts, top-{first['top_k']}, BF16, Megatron-Core "
+        f"{first['megatron_core']} without Transformer Engine; medians, slowest rank. On "
+        f"{source(rows)}*\n"
+    )
+
+
 _SLOW_LINKS = {
     "": "",
     "calls": ", every call {:.0f} times",
@@ -347,6 +378,7 @@ TABLES = {
     "pairs": pairs,
     "steps": steps,
     "memory": memory,
+    "megatron": megatron,
 }
 
 

@@ -1,0 +1,82 @@
+"""Buffers for callers that name neither sizes nor a buffer: made at the first call, then shared.
+
+What belongs here: what the integrations of frameworks have in common that hand over tokens and
+routing only. Other code makes its own ``Buffer``.
+
+Shapes: T tokens of this rank, H hidden, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dualpipe_ext.ep import Buffer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class SharedBuffers:
+    """One ``Buffer`` for each group and shape of calls.
+
+    Attributes:
+        remedy: what a user who has more tokens than ``max_tokens`` can do, for the error.
+        max_tokens: most tokens of a rank in a call; None: the most of any rank in the first one.
+        options: further arguments of ``Buffer``.
+    """
+
+    remedy: str
+    max_tokens: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], Buffer] = field(default_factory=dict, init=False)
+
+    def get(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        tokens: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Buffer:
+        """The buffer for a call with ``tokens`` rows [T, H] of ``dtype`` at this rank.
+
+        Called on all ranks of the group, in one order: the first time they make it together.
+
+        Raises:
+            ValueError: more tokens than it has room for; or arguments that no buffer can have.
+        """
+        key = (group, hidden, num_experts, top_k, dtype)
+        buffer = self._made.get(key)
+        if buffer is None:
+            buffer = self._made[key] = Buffer(
+                group,
+                hidden=hidden,
+                num_experts=num_experts,
+                top_k=top_k,
+                max_tokens=self.max_tokens or _largest_of_all(tokens, group, device),
+                dtype=dtype,
+                **self.options,
+            )
+            sms = "" if buffer.num_sms is None else f", {buffer.num_sms} SMs"
+            mib = buffer.memory_bytes / 2**20
+            _logger.info("made a buffer: transport %s%s, %.0f MiB", buffer.transport, sms, mib)
+        if tokens > buffer.config.max_tokens:
+            raise ValueError(
+                f"expected at most {buffer.config.max_tokens} tokens of a rank in one call, got "
+                f"{tokens}: {self.remedy}"
+            )
+        return buffer
+
+
+def _largest_of_all(tokens: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    largest = torch.tensor([tokens], device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)
