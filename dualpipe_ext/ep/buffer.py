@@ -302,6 +302,40 @@ class Buffer:
         inputs = rows, weights, bias
         return y, self._comm_stream.event(async_op, own, inputs=inputs, outputs=(y,))
 
+    def combine_with_weights(
+        self, rows: Tensor, row_weights: Tensor, handle: Handle, *, async_op: bool = False
+    ) -> tuple[Tensor, Tensor, Event]:
+        """:meth:`combine`, and with it a number for every choice: what undoes a dispatch of both.
+
+        The backward of a dispatch is this, with gradients, for those who write their own. It is not
+        differentiable itself.
+
+        Args:
+            rows: as :meth:`combine` takes them.
+            row_weights: float32 (or float64), [N, K] in token layout, [M] in expert layout, like
+                the weights that a dispatch gives; entries of choices that are not here, and of
+                padding, are ignored.
+            handle: what the dispatch returned.
+            async_op: as in :meth:`combine`.
+
+        Returns:
+            ``y`` [T, H]; the numbers at the choices they belong to, [T, K], 0 for dropped ones; and
+            the event.
+
+        Raises:
+            ValueError: wrong arguments.
+            CommTimeoutError: a rank did not take part.
+        """
+        transport = self._transport
+        validate.check_handle(handle, transport)
+        validate.check_rows("rows", rows, transport, handle.num_rows)
+        validate.check_row_weights(row_weights, rows, handle, transport.config)
+        with torch.no_grad(), self._comm_stream.run(async_op, rows):
+            y, numbers = transport.combine(rows, handle, row_weights=row_weights)
+        assert numbers is not None
+        inputs, outputs = (rows, row_weights), (y, numbers)
+        return y, numbers, self._comm_stream.event(async_op, handle, inputs=inputs, outputs=outputs)
+
     def _route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
         if torch.compiler.is_compiling():
             return ops.route(self._transport, self._ticket, topk_idx, options)

@@ -140,6 +140,16 @@ def check_combine_extras(
         _expect_device("bias", bias, rows.device)
 
 
+def check_row_weights(
+    row_weights: Tensor, rows: Tensor, handle: Handle, config: TransportConfig
+) -> None:
+    """Check numbers that go back with rows already checked."""
+    choices = (config.top_k,) if handle.layout == "token" else ()
+    _expect_tensor("row_weights", row_weights, (handle.num_rows, *choices), _NUMBERS)
+    _expect_device("rows", rows, handle.counts.device)
+    _expect_device("row_weights", row_weights, rows.device)
+
+
 def check_capture(x: Tensor, max_recv_tokens: int | None, transport: Transport) -> None:
     """A CUDA graph can hold a new routing only if nothing waits for it on the host."""
     syncs_host = transport.capabilities.syncs_host

@@ -75,6 +75,10 @@ class SharedBuffers:
             )
         return buffer
 
+    def clear(self) -> None:
+        """Forget all of them; called on all ranks."""
+        self._made.clear()
+
 
 def _largest_of_all(tokens: int, group: dist.ProcessGroup, device: torch.device) -> int:
     largest = torch.tensor([tokens], device=device)

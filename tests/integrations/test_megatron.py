@@ -117,7 +117,12 @@ def expected(x: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
     return (torch.tanh(torch.einsum("th,ehf->etf", x, weights)) * probs.t()[..., None]).sum(0)
 
 
-def compare(dispatcher: Any, tokens: list[int], drop: bool = False) -> None:
+def compare(
+    dispatcher: Any,
+    tokens: list[int],
+    drop: bool = False,
+    close: dict[str, float] = CLOSE,
+) -> None:
     """Outputs and all gradients of a call equal those of one process."""
     from megatron.core import parallel_state
 
@@ -139,10 +144,10 @@ def compare(dispatcher: Any, tokens: list[int], drop: bool = False) -> None:
     for want in wanted:
         want.backward(cotangent[: len(want)])
     want_x, want_probs = leaves[rank]
-    torch.testing.assert_close(y, tp * wanted[rank], **CLOSE)
-    torch.testing.assert_close(x.grad, tp * want_x.grad, **CLOSE)
-    torch.testing.assert_close(probs.grad, (tp * want_probs.grad) * routed, **CLOSE)
-    torch.testing.assert_close(mine.grad, whole.grad[dispatcher.local_expert_indices], **CLOSE)
+    torch.testing.assert_close(y, tp * wanted[rank], **close)
+    torch.testing.assert_close(x.grad, tp * want_x.grad, **close)
+    torch.testing.assert_close(probs.grad, (tp * want_probs.grad) * routed, **close)
+    torch.testing.assert_close(mine.grad, whole.grad[dispatcher.local_expert_indices], **close)
 
 
 def equals_one_process() -> None:

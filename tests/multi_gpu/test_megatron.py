@@ -74,11 +74,16 @@ def of_every_dispatcher(dtype: torch.dtype, changes: dict[str, Any]) -> None:
     from dualpipe_ext.integrations import megatron
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=RANKS)
-    want = run_layer(make_layer("alltoall", dtype, **changes), dtype)
+    reference = make_layer("alltoall", dtype, **changes)
+    parameters = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    want = run_layer(reference, dtype)
     found = {}
     for transport in OURS:
         megatron.install(transport=transport)
         layer = make_layer("flex", dtype, **changes)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(parameters[name])
         found[transport] = run_layer(layer, dtype)
         manager = layer.token_dispatcher._comm_manager
         assert manager._buffer.transport == transport

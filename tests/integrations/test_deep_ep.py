@@ -1,0 +1,277 @@
+"""Code in the manner of DeepEP's own tests, and Megatron's manager for it, with the import changed.
+
+Shapes: T tokens of a rank, H hidden, E experts, R ranks, K top-k.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext.ep import quantize, reference
+from dualpipe_ext.integrations import deep_ep
+from dualpipe_ext.launch import run_ranks
+
+HIDDEN, EXPERTS, TOP_K, RANKS = 256, 8, 3, 2
+LOCAL = EXPERTS // RANKS
+TOKENS = (10, 7)
+
+
+def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x bfloat16 [T, H], topk_idx int64 [T, K] with some -1, topk_weights float32 [T, K]."""
+    gen = torch.Generator().manual_seed(rank)
+    x = torch.randn(TOKENS[rank], HIDDEN, generator=gen).bfloat16()
+    idx = torch.rand(TOKENS[rank], EXPERTS, generator=gen).topk(TOP_K).indices
+    idx[torch.rand(idx.shape, generator=gen) < 0.2] = -1
+    idx[3] = -1  # a token that goes nowhere
+    return x, idx, torch.rand(idx.shape, generator=gen)
+
+
+def routed(buffer: deep_ep.Buffer, x: Any, idx: Tensor, weights: Tensor, **how: Any) -> Any:
+    """A dispatch as DeepEP's README makes it."""
+    per_rank, per_rdma_rank, per_expert, in_rank, event = buffer.get_dispatch_layout(idx, EXPERTS)
+    return buffer.dispatch(
+        x,
+        topk_idx=idx,
+        topk_weights=weights,
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_rdma_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        previous_event=event,
+        **how,
+    )
+
+
+def expected() -> tuple[list[Any], list[tuple[Tensor, Tensor, Tensor]]]:
+    """What each rank receives, by the reference of all transports; and the inputs."""
+    given = [inputs(rank) for rank in range(RANKS)]
+    xs, ids, weights = (list(column) for column in zip(*given, strict=True))
+    return reference.dispatch(xs, ids, weights, num_experts=EXPERTS, layout="token"), given
+
+
+def layout_counts() -> None:
+    _, idx, _ = inputs(dist.get_rank())
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    per_rank, per_rdma_rank, per_expert, in_rank, event = buffer.get_dispatch_layout(idx, EXPERTS)
+    event.current_stream_wait()
+    assert per_rdma_rank is None
+    for expert in range(EXPERTS):
+        assert per_expert[expert] == (idx == expert).sum()
+    for rank in range(RANKS):
+        here = ((idx >= rank * LOCAL) & (idx < (rank + 1) * LOCAL)).any(1)
+        assert torch.equal(in_rank[:, rank], here)
+        assert per_rank[rank] == here.sum()
+    assert (per_rank.dtype, per_expert.dtype, in_rank.dtype) == (
+        torch.int32,
+        torch.int32,
+        torch.bool,
+    )
+
+
+def dispatch_and_combine() -> None:
+    rank = dist.get_rank()
+    want, given = expected()
+    x, idx, weights = given[rank]
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0, num_qps_per_rank=24)
+    assert (buffer.num_nvl_bytes, buffer.group_size, buffer.rank) == (1 << 20, RANKS, rank)
+    for alignment in (1, 4):
+        recv, recv_idx, recv_weights, counts, handle, event = routed(
+            buffer, x, idx, weights, expert_alignment=alignment, async_finish=True
+        )
+        event.current_stream_wait()
+        assert torch.equal(recv, want[rank].tokens)
+        assert torch.equal(recv_idx, want[rank].topk_idx)
+        assert torch.equal(recv_weights, want[rank].topk_weights)
+        padded = [-(-n // alignment) * alignment for n in want[rank].counts.tolist()]
+        assert counts == padded
+    # Rows and weights undo the dispatch: each token comes back once for every rank it went to.
+    y, back, event = buffer.combine(recv, handle, topk_weights=recv_weights)
+    with event:
+        pass
+    goes = buffer.get_dispatch_layout(idx, EXPERTS)[3]
+    assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
+    assert torch.equal(back, torch.where(idx >= 0, weights, 0.0))
+    # A cached dispatch, as the backward of a combine.
+    again, *nothing, event = buffer.dispatch(x, handle=handle)
+    assert torch.equal(again, recv)
+    assert nothing == [None, None, [], handle]
+    bias = torch.full_like(x, 2.0), torch.full_like(x, 3.0)
+    y_two, none, _ = buffer.combine(recv, handle, bias=bias)
+    y_one, _, _ = buffer.combine(recv, handle, bias=torch.full_like(x, 5.0))
+    assert none is None
+    assert torch.equal(y_two, y_one)
+    assert torch.equal(y_one, (x.float() * goes.sum(1)[:, None] + 5).bfloat16())
+
+
+def fixed_size_and_fp8() -> None:
+    rank = dist.get_rank()
+    want, given = expected()
+    x, idx, weights = given[rank]
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    most = sum(TOKENS) + 2
+    recv, recv_idx, recv_weights, counts, handle, _ = routed(
+        buffer, x, idx, weights, num_worst_tokens=most
+    )
+    arrived = len(want[rank].tokens)
+    assert recv.shape == (most, HIDDEN)
+    assert torch.equal(recv[:arrived], want[rank].tokens)
+    assert (recv_idx[arrived:] == -1).all()
+    assert (recv_weights[arrived:] == 0).all()
+    assert counts == []
+    y, _, _ = buffer.combine(recv, handle)
+    goes = buffer.get_dispatch_layout(idx, EXPERTS)[3]
+    assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
+
+    q = quantize(x)
+    (values, scales), *_, handle, _ = routed(buffer, (q.values, q.scales), idx, weights)
+    rows = quantize(want[rank].tokens)
+    assert torch.equal(values.view(torch.uint8), rows.values.view(torch.uint8))
+    assert torch.equal(scales, rows.scales)
+    # Gradients come back unquantised.
+    y, _, _ = buffer.combine(want[rank].tokens, handle)
+    assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
+
+
+def mistakes() -> None:
+    rank = dist.get_rank()
+    x, idx, weights = inputs(rank)
+    group = dist.group.WORLD
+    with pytest.raises(ValueError, match="expected low_latency_mode=False"):
+        deep_ep.Buffer(group, low_latency_mode=True)
+    buffer, other = deep_ep.Buffer(group), deep_ep.Buffer(group)
+    with pytest.raises(ValueError, match="expected topk_idx and num_tokens_per_expert, or a"):
+        buffer.dispatch(x)
+    *_, handle, _ = routed(buffer, x, idx, weights)
+    for stranger in (other, deep_ep.Buffer(group)):
+        with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch"):
+            stranger.combine(x, handle)
+    with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch"):
+        buffer.combine(x, None)
+    rows = x.new_zeros(handle.num_rows, HIDDEN)
+    with pytest.raises(ValueError, match="expected bias or topk_weights, got both"):
+        buffer.combine(rows, handle, topk_weights=weights, bias=x)
+    with pytest.raises(ValueError, match="expected row_weights of shape"):
+        buffer.combine(rows, handle, topk_weights=rows.new_zeros(1, dtype=torch.float32))
+    many = x.repeat(2, 1), idx.repeat(2, 1), weights.repeat(2, 1)
+    if rank == 0:
+        with pytest.raises(
+            ValueError, match=r"at most 10 tokens .* got 20: set deep_ep.Buffer.max"
+        ):
+            routed(buffer, *many)
+    bad = idx.clone()
+    bad[0, 0] = EXPERTS if rank == 1 else 0
+    with pytest.raises(ValueError, match="expected expert ids from -1 to 7"):
+        routed(buffer, x, bad, weights)
+    # What was refused took nothing with it.
+    recv, *_, handle, _ = routed(buffer, x, idx, weights)
+    buffer.combine(recv, handle)
+    deep_ep.Buffer.max_tokens = 20
+    roomy = deep_ep.Buffer(group)
+    *_, handle, _ = routed(roomy, *many)
+    assert handle.num_tokens == 2 * TOKENS[rank]
+    roomy.destroy()
+    with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch"):
+        roomy.combine(x, handle)
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    layout_counts,
+    dispatch_and_combine,
+    fixed_size_and_fp8,
+    mistakes,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_two_ranks(check: Callable[[], None]) -> None:
+    run_ranks(check, RANKS, backend="gloo", run_timeout_s=60)
+
+
+def test_settings_that_callers_ask_for() -> None:
+    config = deep_ep.Buffer.get_dispatch_config(8)
+    assert config.get_nvl_buffer_size_hint(14336, 8) == 0
+    assert deep_ep.Buffer.get_combine_config(8).get_rdma_buffer_size_hint(14336, 8) == 0
+    assert deep_ep.Config(12, 6, 256, 6, 128).num_sms == 12
+    deep_ep.EventOverlap().current_stream_wait()
+    deep_ep.Buffer.capture().current_stream_wait()
+
+
+def test_set_num_sms_is_for_buffers_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", None)
+    before = deep_ep.Buffer(_Group())
+    deep_ep.Buffer.set_num_sms(12)
+    after = deep_ep.Buffer(_Group())
+    assert "num_sms" not in before._buffers.options
+    assert after._buffers.options["num_sms"] == 12
+
+
+class _Group:
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def of_imports(source: str) -> str:
+    """What a fresh process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=90
+    )
+    return done.stdout + done.stderr
+
+
+def test_install_is_what_import_finds() -> None:
+    source = """
+from dualpipe_ext.integrations import deep_ep as ours
+ours.install(); ours.install()
+import deep_ep
+from deep_ep import Buffer, Config, EventOverlap
+from deep_ep.utils import EventHandle, EventOverlap as again
+print(deep_ep is ours, again is EventOverlap)
+ours.uninstall(); ours.uninstall()
+try:
+    import deep_ep
+except ImportError:
+    print("gone")
+"""
+    assert of_imports(source).split() == ["True", "True", "gone"]
+
+
+def test_another_that_was_imported_before_is_left_alone() -> None:
+    source = """
+import sys, types
+sys.modules["deep_ep"] = types.ModuleType("deep_ep")
+from dualpipe_ext.integrations import deep_ep as ours
+ours.uninstall()
+ours.install()
+"""
+    assert "RuntimeError: expected install() before anything imports deep_ep" in of_imports(source)
+
+
+def megatron_over_its_own_manager() -> None:
+    """Megatron's DeepEP manager, unchanged, finds this in the place of DeepEP."""
+    deep_ep.install()
+    from megatron.core.transformer.moe import fused_a2a
+
+    from tests.integrations import test_megatron as layers
+
+    assert fused_a2a.Buffer is deep_ep.Buffer
+    layers.start(tp=1, ep=2)
+    dispatcher = layers.make_dispatcher(layers.make_config(moe_permute_fusion=False))
+    assert type(dispatcher._comm_manager).__name__ == "_DeepepManager"
+    # Megatron turns the weights of rows into float32 on its way.
+    layers.compare(dispatcher, [layers.TOKENS, layers.TOKENS], close={"rtol": 1e-5, "atol": 1e-5})
+
+
+def test_megatron_unchanged() -> None:
+    pytest.importorskip("megatron.core", reason="needs megatron-core")
+    run_ranks(megatron_over_its_own_manager, 2, backend="gloo", run_timeout_s=200)
