@@ -1,5 +1,7 @@
 """Code in the manner of DeepEP's own tests, and Megatron's manager for it, with the import changed.
 
+The checks run here over gloo, in tests/multi_gpu/test_deep_ep.py between GPUs.
+
 Shapes: T tokens of a rank, H hidden, E experts, R ranks, K top-k.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,13 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.ep import quantize, reference
+from dualpipe_ext.ep import TokenMajor, quantize, reference
 from dualpipe_ext.integrations import deep_ep
 from dualpipe_ext.launch import run_ranks
 
 HIDDEN, EXPERTS, TOP_K, RANKS = 256, 8, 3, 2
 LOCAL = EXPERTS // RANKS
 TOKENS = (10, 7)
+
+
+def device() -> str:
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +38,8 @@ def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:
     idx = torch.rand(TOKENS[rank], EXPERTS, generator=gen).topk(TOP_K).indices
     idx[torch.rand(idx.shape, generator=gen) < 0.2] = -1
     idx[3] = -1  # a token that goes nowhere
-    return x, idx, torch.rand(idx.shape, generator=gen)
+    weights = torch.rand(idx.shape, generator=gen)
+    return x.to(device()), idx.to(device()), weights.to(device())
 
 
 def routed(buffer: deep_ep.Buffer, x: Any, idx: Tensor, weights: Tensor, **how: Any) -> Any:
@@ -50,11 +58,16 @@ def routed(buffer: deep_ep.Buffer, x: Any, idx: Tensor, weights: Tensor, **how: 
     )
 
 
-def expected() -> tuple[list[Any], list[tuple[Tensor, Tensor, Tensor]]]:
-    """What each rank receives, by the reference of all transports; and the inputs."""
+def expected() -> tuple[TokenMajor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """What this rank receives, by the reference of all transports; and the inputs of all ranks."""
     given = [inputs(rank) for rank in range(RANKS)]
-    xs, ids, weights = (list(column) for column in zip(*given, strict=True))
-    return reference.dispatch(xs, ids, weights, num_experts=EXPERTS, layout="token"), given
+    xs, ids, weights = ([tensor.cpu() for tensor in column] for column in zip(*given, strict=True))
+    everyone = reference.dispatch(xs, ids, weights, num_experts=EXPERTS, layout="token")
+    mine = everyone[dist.get_rank()]
+    rows = {
+        name: getattr(mine, name).to(device()) for name in ("tokens", "topk_idx", "topk_weights")
+    }
+    return replace(mine, **rows), given
 
 
 def layout_counts() -> None:
@@ -87,10 +100,10 @@ def dispatch_and_combine() -> None:
             buffer, x, idx, weights, expert_alignment=alignment, async_finish=True
         )
         event.current_stream_wait()
-        assert torch.equal(recv, want[rank].tokens)
-        assert torch.equal(recv_idx, want[rank].topk_idx)
-        assert torch.equal(recv_weights, want[rank].topk_weights)
-        padded = [-(-n // alignment) * alignment for n in want[rank].counts.tolist()]
+        assert torch.equal(recv, want.tokens)
+        assert torch.equal(recv_idx, want.topk_idx)
+        assert torch.equal(recv_weights, want.topk_weights)
+        padded = [-(-n // alignment) * alignment for n in want.counts.tolist()]
         assert counts == padded
     # Rows and weights undo the dispatch: each token comes back once for every rank it went to.
     y, back, event = buffer.combine(recv, handle, topk_weights=recv_weights)
@@ -120,9 +133,9 @@ def fixed_size_and_fp8() -> None:
     recv, recv_idx, recv_weights, counts, handle, _ = routed(
         buffer, x, idx, weights, num_worst_tokens=most
     )
-    arrived = len(want[rank].tokens)
+    arrived = len(want.tokens)
     assert recv.shape == (most, HIDDEN)
-    assert torch.equal(recv[:arrived], want[rank].tokens)
+    assert torch.equal(recv[:arrived], want.tokens)
     assert (recv_idx[arrived:] == -1).all()
     assert (recv_weights[arrived:] == 0).all()
     assert counts == []
@@ -132,11 +145,11 @@ def fixed_size_and_fp8() -> None:
 
     q = quantize(x)
     (values, scales), *_, handle, _ = routed(buffer, (q.values, q.scales), idx, weights)
-    rows = quantize(want[rank].tokens)
+    rows = quantize(want.tokens)
     assert torch.equal(values.view(torch.uint8), rows.values.view(torch.uint8))
     assert torch.equal(scales, rows.scales)
     # Gradients come back unquantised.
-    y, _, _ = buffer.combine(want[rank].tokens, handle)
+    y, _, _ = buffer.combine(want.tokens, handle)
     assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
 
 
