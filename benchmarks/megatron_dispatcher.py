@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ def check(layers: dict[str, Layer], ranks: bench_ranks.Ranks) -> None:
     for layer in others:
         found = layer.both()
         for name, got, want in zip(what, found, wanted, strict=True):
+            got, want = got.detach(), want.detach()
             if name == what[-1]:  # a choice that was not made has none
                 got, want = got * layer.routed, want * layer.routed
             error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
@@ -138,7 +140,6 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object]]:
     """Rows of all variants; called on every rank."""
-    import megatron.core
     from megatron.core import parallel_state
 
     from dualpipe_ext.integrations import megatron as integration
@@ -154,7 +155,7 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object
     times = interleaved(calls, ranks, rounds=options.rounds, num_calls=options.calls)
     return [
         {
-            "megatron_core": megatron.core.__version__,
+            "megatron_core": metadata.version("megatron-core"),
             "dispatcher": "alltoall" if name == "alltoall" else "flex",
             "transport": "" if name == "alltoall" else name,
             "num_sms": {"alltoall": "", "nvlink": options.num_sms, "copy_engine": 0}[name],
