@@ -360,7 +360,8 @@ def _megatron_of(rows: Sequence[Row]) -> str:
         f"{markdown(rows, columns)}\n"
         f"*All that a layer does around its experts; {first['tokens']} tokens a rank x "
         f"{first['hidden']}, {first['experts']} experts, top-{first['top_k']}, BF16, Megatron-Core "
-        f"{first['megatron_core']} without Transformer Engine; medians, slowest rank. On "
+        f"{first['megatron_core']} without Transformer Engine; medians, slowest rank; "
+        "communication memory is not in the peak. On "
         f"{source(rows)}*\n"
     )
 

@@ -330,11 +330,15 @@ class Buffer:
         validate.check_handle(handle, transport)
         validate.check_rows("rows", rows, transport, handle.num_rows)
         validate.check_row_weights(row_weights, rows, handle, transport.config)
+        if torch.compiler.is_compiling():
+            top_k = transport.config.top_k
+            return *ops.combine_with_weights(rows, row_weights, handle, top_k), Event()
+        own = ops.resolved(handle)
         with torch.no_grad(), self._comm_stream.run(async_op, rows):
-            y, numbers = transport.combine(rows, handle, row_weights=row_weights)
+            y, numbers = transport.combine(rows, own, row_weights=row_weights)
         assert numbers is not None
         inputs, outputs = (rows, row_weights), (y, numbers)
-        return y, numbers, self._comm_stream.event(async_op, handle, inputs=inputs, outputs=outputs)
+        return y, numbers, self._comm_stream.event(async_op, own, inputs=inputs, outputs=outputs)
 
     def _route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
         if torch.compiler.is_compiling():

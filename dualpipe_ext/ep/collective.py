@@ -111,7 +111,7 @@ class CollectiveTransport(Transport):
             "alignment": options.alignment,
             "num_tokens": topk_idx.shape[0],
             "counts": counts,
-            "host_counts": counts.tolist() if options.max_recv_tokens is None else None,
+            "host_counts": self._host_counts(table) if options.max_recv_tokens is None else None,
             "send_index": send_index,
             "send_rows": send_rows,
             "recv_rows": recv_rows,
@@ -136,6 +136,12 @@ class CollectiveTransport(Transport):
             offsets=None,
             expert_map=None,
         )
+
+    def _host_counts(self, table: list[_Announcement]) -> list[int]:
+        """[E/R], choices of each local expert on all ranks."""
+        num_local = self.config.num_local_experts
+        local = range(self.config.rank * num_local, (self.config.rank + 1) * num_local)
+        return [sum(source.pairs[expert] for source in table) for expert in local]
 
     def _destinations(self, topk_idx: Tensor, valid: Tensor) -> Tensor:
         """bool [T, R]: which ranks have an expert of which token."""

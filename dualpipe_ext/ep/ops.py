@@ -131,6 +131,15 @@ def combine(rows: Tensor, weights: Tensor | None, bias: Tensor | None, handle: H
     )
 
 
+def combine_with_weights(
+    rows: Tensor, row_weights: Tensor, handle: Handle, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """What :meth:`Transport.combine` does with numbers of choices; not differentiable."""
+    return torch.ops.dualpipe_ext.combine_rows(
+        rows, None, None, row_weights, _ticket_of(handle), handle.num_tokens, top_k
+    )
+
+
 def _ticket_of(handle: Handle) -> Tensor:
     if isinstance(handle, TracedHandle):
         return handle.ticket

@@ -8,9 +8,14 @@ uses them for training and prefill ("normal" kernels): ``get_dispatch_layout``, 
 ``combine``, outputs of fixed size (``num_worst_tokens``), FP8 rows, cached handles, events. As
 there, nothing is differentiable: callers make the backward of a dispatch with ``combine`` and the
 reverse. Unlike there, CPUs (gloo) work, sums have the same bits on every run, and a rank that stays
-away raises ``CommTimeoutError``. Hints of buffer sizes are 0, since communication memory is made at
-the first dispatch; settings of chunks are taken and not used. Kernels for low latency are not
-offered.
+away raises ``CommTimeoutError``.
+
+What differs besides: hints of buffer sizes are 0, since communication memory is made at the first
+dispatch, and ``Config``'s chunks are not used. ``set_num_sms`` is for buffers to come. With
+``async_finish`` a call follows the current stream, not ``previous_event`` alone, and a routing is
+found on the current stream, where the host waits for it: what is to overlap a new dispatch is
+launched after it. A handle is no tuple, and of the ``Buffer`` that made it. Every dispatch needs
+expert ids or a handle, FP8 scales are float32. Kernels for low latency are not offered.
 
 The interface was read from https://github.com/deepseek-ai/DeepEP (version 1.2); the implementation
 is ``dualpipe_ext.ep``.
@@ -21,6 +26,7 @@ Shapes: T tokens of this rank, H hidden, E experts, R ranks, K top-k, N rows tha
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar
 
@@ -113,13 +119,15 @@ class Buffer:
         ValueError: ``low_latency_mode``.
     """
 
-    num_sms: ClassVar[int | None] = None
-    """SMs of buffers made from now on; None: this project's default."""
+    num_sms: ClassVar[int] = 24
+    """SMs of buffers made from now on."""
     max_tokens: ClassVar[int | None] = None
     """Most tokens of a rank in a call, for buffers made from now on; None: the most of any rank in
     the first dispatch of its kind. DeepEP has no such bound."""
     transport: ClassVar[str] = "auto"
-    """See :class:`dualpipe_ext.Buffer`."""
+    """See :class:`dualpipe_ext.Buffer`; of buffers made from now on."""
+    timeout_s: ClassVar[float] = 100.0
+    """Longest wait of such buffers for another rank, in seconds; the default is DeepEP's."""
 
     def __init__(
         self,
@@ -135,9 +143,9 @@ class Buffer:
         self.rank, self.group_size = group.rank(), group.size()
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = False
-        options: dict[str, Any] = {"transport": self.transport}
-        if self.num_sms is not None:
-            options["num_sms"] = self.num_sms
+        # SMs that only pack for copy engines are another number.
+        num_sms = None if self.transport == "copy_engine" else self.num_sms
+        options = {"transport": self.transport, "num_sms": num_sms, "timeout_s": self.timeout_s}
         self._buffers = SharedBuffers(
             "set deep_ep.Buffer.max_tokens to the most there will be", self.max_tokens, options
         )
@@ -150,15 +158,15 @@ class Buffer:
         """SMs of the kernels of buffers made from now on; 0 takes the copy engines."""
         cls.num_sms = num_sms
 
-    @staticmethod
-    def get_dispatch_config(num_ranks: int) -> Config:
+    @classmethod
+    def get_dispatch_config(cls, num_ranks: int) -> Config:
         """Settings that need no tuning."""
-        return Config()
+        return Config(cls.num_sms)
 
-    @staticmethod
-    def get_combine_config(num_ranks: int) -> Config:
+    @classmethod
+    def get_combine_config(cls, num_ranks: int) -> Config:
         """Settings that need no tuning."""
-        return Config()
+        return Config(cls.num_sms)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -297,7 +305,7 @@ class Buffer:
             x: [N, H], one row for each that the dispatch gave.
             handle: of the dispatch.
             topk_weights: float32 [N, K], numbers that go back to the choices that they belong to.
-            bias: [T, H] to be added, or two.
+            bias: [T, H] to be added, or two, of which the sum is rounded first.
             config: not used.
             previous_event: to be waited for, besides the current stream.
             async_finish: run on a side stream; outputs are usable after the event.
@@ -342,6 +350,11 @@ def _rows(recv: ep.TokenMajor) -> Rows:
     return recv.tokens if recv.scales is None else (recv.tokens, recv.scales)
 
 
+utils = ModuleType("deep_ep.utils", "What code for DeepEP takes from there.")
+utils.EventHandle, utils.EventOverlap = EventHandle, EventOverlap
+utils.__spec__ = ModuleSpec("deep_ep.utils", None)
+
+
 def install() -> None:
     """Let ``import deep_ep`` and ``deep_ep.utils`` find this module, in this process.
 
@@ -359,8 +372,6 @@ def install() -> None:
             "expected install() before anything imports deep_ep, got one from "
             f"{getattr(found, '__file__', 'elsewhere')}"
         )
-    utils = ModuleType("deep_ep.utils", "What code for DeepEP takes from there.")
-    utils.EventHandle, utils.EventOverlap = EventHandle, EventOverlap
     sys.modules |= {"deep_ep": this, "deep_ep.utils": utils}
 
 

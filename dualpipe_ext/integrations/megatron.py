@@ -39,6 +39,8 @@ except ImportError as error:
 _MANAGERS = ("_DeepepManager", "_HybridEPManager")
 
 _originals: dict[str, Any] = {}
+# Of every install() since the last uninstall().
+_installed: list[SharedBuffers] = []
 
 
 class _Manager:
@@ -68,12 +70,21 @@ class _Manager:
         self.router_topk = router_topk or copies * config.moe_router_topk
         quantized = config.fp8 or getattr(config, "fp4", None)
         self.alignment = moe_utils.get_align_size_for_quantization(config) if quantized else 1
-        self.routing_map: Tensor | None = None
         self.token_indices: Tensor | None = None
         self.token_probs: Tensor | None = None
         self.dispatched_probs: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
         self.handle: Handle | None = None
+
+    @property
+    def routing_map(self) -> Tensor | None:
+        """:attr:`token_indices`. Megatron's CUDA graphs carry what is named so beside the weights,
+        with the backend "hybridep", from the graph of the preparation to the dispatch."""
+        return self.token_indices
+
+    @routing_map.setter
+    def routing_map(self, indices: Tensor | None) -> None:
+        self.token_indices = indices
 
     def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
         """Choices of each token from maps over all experts.
@@ -82,9 +93,8 @@ class _Manager:
             routing_map: bool [T, R, E/R], which experts a token goes to, at most K of them.
             probs: [T, R, E/R], their weights, in which gradients flow back.
         """
-        self.routing_map = routing_map.reshape(-1, self.num_experts)
-        probs = probs.reshape(-1, self.num_experts)
-        routed = torch.where(self.routing_map, probs, float("-inf"))
+        routing_map = routing_map.reshape(-1, self.num_experts)
+        routed = torch.where(routing_map, probs.reshape(-1, self.num_experts), float("-inf"))
         best, experts = torch.topk(routed, self.router_topk, dim=-1)
         # Fewer than K where the router dropped a choice, for want of capacity.
         missing = torch.isneginf(best)
@@ -102,7 +112,8 @@ class _Manager:
         The other arguments are DeepEP's. Everything here runs on the current stream, which is the
         one that Megatron has chosen for communication.
         """
-        assert self.token_probs is not None
+        if self.token_probs is None:
+            raise ValueError("expected setup_metadata before a dispatch, got none")
         wide = hidden_states.dtype == torch.float64
         numbers = self.token_probs.to(torch.float64 if wide else torch.float32)
         self._buffer = self._buffers.get(
@@ -148,10 +159,11 @@ class _Manager:
         allocate_on_comm_stream: bool = True,
     ) -> Tensor:
         """Bring [M, H] back and sum them: [T, H]. Experts have weighted them already."""
-        assert self._buffer is not None
-        assert self.handle is not None
+        if self._buffer is None or self.handle is None:
+            raise ValueError("expected a dispatch before every combine, got none")
         y, _ = self._buffer.combine(hidden_states, self.handle)
-        self.handle = None
+        # What the backward needs it has; this would keep it until the next forward.
+        self.handle = self.dispatched_probs = self.tokens_per_expert = None
         return y
 
 
@@ -162,6 +174,13 @@ def _check_config(config: Any) -> None:
                 f"expected {name} to be unset with dualpipe_ext, whose experts get the rows that "
                 f"there are, got {value!r}"
             )
+    backend = config.moe_flex_dispatcher_backend
+    if getattr(config, "overlap_moe_expert_parallel_comm", False) and backend != "hybridep":
+        # With DeepEP's the rows that experts get are a copy, whose memory Megatron takes back.
+        raise ValueError(
+            "expected moe_flex_dispatcher_backend='hybridep' with overlap_moe_expert_parallel_comm "
+            f"and dualpipe_ext, got {backend!r}"
+        )
 
 
 def install(
@@ -169,14 +188,15 @@ def install(
     max_tokens: int | None = None,
     transport: str = "auto",
     num_sms: int | None = None,
-    timeout_s: float = 30.0,
+    timeout_s: float = 600.0,
 ) -> None:
     """Let Megatron's flex token dispatcher send tokens with this project's ``Buffer``.
 
     Called on every rank before the model is built, with
     ``TransformerConfig(moe_token_dispatcher_type="flex")`` and the backend "deepep" (Megatron's
-    default) or "hybridep". Called again, it holds for layers that are built after it. Megatron's
-    own numbers of SMs are meant for its backends and not read.
+    default) or "hybridep" (needed with ``overlap_moe_expert_parallel_comm``). Called again, it
+    holds for layers that are built after it. Megatron's own numbers of SMs are meant for its
+    backends and not read.
 
     The first dispatch makes the communication memory, once for all layers of one width (its size
     is logged). Megatron's other dispatchers, alltoall and allgather, are left alone.
@@ -186,7 +206,8 @@ def install(
             the first one, which is right where sequences have one length.
         transport: see :class:`~dualpipe_ext.ep.Buffer`.
         num_sms: see :class:`~dualpipe_ext.ep.Buffer`; 0 for the copy engines.
-        timeout_s: longest wait for another rank, in seconds.
+        timeout_s: longest wait for another rank, in seconds; the default is that of Megatron's
+            process groups.
 
     Raises:
         RuntimeError: this Megatron-Core has no manager that could be replaced.
@@ -203,6 +224,8 @@ def install(
         {"transport": transport, "num_sms": num_sms, "timeout_s": timeout_s},
     )
 
+    _installed.append(buffers)
+
     def make_manager(**arguments: Any) -> _Manager:
         return _Manager(buffers, **arguments)
 
@@ -212,6 +235,13 @@ def install(
 
 
 def uninstall() -> None:
-    """Give Megatron its own managers back, for layers that are built after this."""
+    """Give Megatron its own managers back, for layers that are built after this.
+
+    The communication memory goes with the last layer that uses it. Called on all ranks; before
+    Megatron's process groups are made anew, too.
+    """
+    for buffers in _installed:
+        buffers.clear()
+    _installed.clear()
     for name in list(_originals):
         setattr(token_dispatcher, name, _originals.pop(name))

@@ -56,15 +56,19 @@ class SharedBuffers:
         key = (group, hidden, num_experts, top_k, dtype)
         buffer = self._made.get(key)
         if buffer is None:
-            buffer = self._made[key] = Buffer(
+            most = self.max_tokens or _largest_of_all(tokens, group, device)
+            buffer = Buffer(
                 group,
                 hidden=hidden,
                 num_experts=num_experts,
                 top_k=top_k,
-                max_tokens=self.max_tokens or _largest_of_all(tokens, group, device),
+                max_tokens=max(most, 1),
                 dtype=dtype,
+                num_slabs=0,  # nobody here leaves rows in the communication memory
                 **self.options,
             )
+            if most > 0:  # a call without tokens tells nothing of those to come
+                self._made[key] = buffer
             sms = "" if buffer.num_sms is None else f", {buffer.num_sms} SMs"
             mib = buffer.memory_bytes / 2**20
             _logger.info("made a buffer: transport %s%s, %.0f MiB", buffer.transport, sms, mib)

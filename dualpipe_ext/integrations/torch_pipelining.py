@@ -48,7 +48,12 @@ class _Schedule:
         n_microbatches: micro-batches of a step.
         loss_fn: ``loss_fn(output, target, **loss_kwargs)`` gives a scalar; None: steps only run
             forward.
+        args_chunk_spec: must be None, as must the other two.
+        kwargs_chunk_spec: see above.
+        output_merge_spec: see above.
         scale_grads: gradients are those of the mean over micro-batches, not of the sum.
+        backward_requires_autograd: must be true.
+        defer_pp_recv: has no meaning here, where receives never wait for the host.
         options: of :class:`~dualpipe_ext.pipeline.Pipeline`: ``transport``, ``peers``,
             ``partition``, ``timeout_s`` and others.
 
@@ -68,8 +73,12 @@ class _Schedule:
         kwargs_chunk_spec: None = None,
         output_merge_spec: None = None,
         scale_grads: bool = True,
+        backward_requires_autograd: bool = True,
+        defer_pp_recv: bool = False,
         **options: Any,
     ) -> None:
+        if not backward_requires_autograd:
+            raise ValueError("expected backward_requires_autograd=True, got False")
         specs = {
             "args_chunk_spec": args_chunk_spec,
             "kwargs_chunk_spec": kwargs_chunk_spec,
@@ -196,49 +205,17 @@ class Schedule1F1B(_Schedule):
 
     kind = "1f1b"
 
-    def __init__(
-        self,
-        stage: PipelineStage,
-        n_microbatches: int,
-        loss_fn: Callable[..., Tensor] | None = None,
-        args_chunk_spec: None = None,
-        kwargs_chunk_spec: None = None,
-        output_merge_spec: None = None,
-        scale_grads: bool = True,
-        **options: Any,
-    ) -> None:
-        specs = args_chunk_spec, kwargs_chunk_spec, output_merge_spec
-        super().__init__([stage], n_microbatches, loss_fn, *specs, scale_grads, **options)
+    def __init__(self, stage: PipelineStage, *arguments: Any, **options: Any) -> None:
+        super().__init__([stage], *arguments, **options)
 
 
-class _VSchedule(_Schedule):
-    def __init__(
-        self,
-        stages: Sequence[PipelineStage],
-        n_microbatches: int,
-        loss_fn: Callable[..., Tensor] | None = None,
-        args_chunk_spec: None = None,
-        kwargs_chunk_spec: None = None,
-        output_merge_spec: None = None,
-        scale_grads: bool = True,
-        backward_requires_autograd: bool = True,
-        defer_pp_recv: bool = False,
-        **options: Any,
-    ) -> None:
-        """``backward_requires_autograd`` must be true; ``defer_pp_recv`` has no meaning here."""
-        if not backward_requires_autograd:
-            raise ValueError("expected backward_requires_autograd=True, got False")
-        specs = args_chunk_spec, kwargs_chunk_spec, output_merge_spec
-        super().__init__(stages, n_microbatches, loss_fn, *specs, scale_grads, **options)
-
-
-class ScheduleZBVZeroBubble(_VSchedule):
+class ScheduleZBVZeroBubble(_Schedule):
     """ZB-V; two stages a rank, r and 2R-1-r on rank r of R."""
 
     kind = "zbv"
 
 
-class ScheduleDualPipeV(_VSchedule):
+class ScheduleDualPipeV(_Schedule):
     """DualPipeV; two stages a rank, r and 2R-1-r on rank r of R."""
 
     kind = "dualpipev"

@@ -89,7 +89,8 @@ def round_trip_equals_reference(
 ) -> None:
     """One dispatch and combines of every form, with rows that all ranks know."""
     rank = ranks.rank
-    recv, handle = buffer.dispatch(*ranks.inputs(case), **how)
+    x, topk_idx, topk_weights = ranks.inputs(case)
+    recv, handle = buffer.dispatch(x, topk_idx, topk_weights, **how)
     want = received(ranks, case, **how)
     expect_equal(recv, want[rank], what)
     waits = how.get("max_recv_tokens") is None
@@ -114,6 +115,14 @@ def round_trip_equals_reference(
         )
         extras = "plain" if biases_by_rank is None else "with all extras"
         expect_same_tensor(y, want_y[rank], f"{what} combine {extras}")
+        if biases_by_rank is None:
+            weights = recv.weights if expert_layout else recv.topk_weights
+            rows = outputs[rank].to(ranks.device)
+            again, numbers, event = buffer.combine_with_weights(rows, weights, handle)
+            event.wait()
+            expect_same_tensor(again, want_y[rank], f"{what} combine with weights")
+            sent = torch.where(topk_idx >= 0, topk_weights, 0)
+            expect_same_tensor(numbers, sent, f"{what} weights that come back")
 
 
 def forward_equals_reference(ranks: Ranks) -> None:

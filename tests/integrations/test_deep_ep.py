@@ -116,12 +116,13 @@ def dispatch_and_combine() -> None:
     again, *nothing, event = buffer.dispatch(x, handle=handle)
     assert torch.equal(again, recv)
     assert nothing == [None, None, [], handle]
-    bias = torch.full_like(x, 2.0), torch.full_like(x, 3.0)
+    bias = x * 0.37, x.flip(1) * 1.21
+    both = (bias[0].float() + bias[1].float()).bfloat16()
     y_two, none, _ = buffer.combine(recv, handle, bias=bias)
-    y_one, _, _ = buffer.combine(recv, handle, bias=torch.full_like(x, 5.0))
+    y_one, _, _ = buffer.combine(recv, handle, bias=both)
     assert none is None
     assert torch.equal(y_two, y_one)
-    assert torch.equal(y_one, (x.float() * goes.sum(1)[:, None] + 5).bfloat16())
+    assert torch.equal(y_one, (x.float() * goes.sum(1)[:, None] + both.float()).bfloat16())
 
 
 def fixed_size_and_fp8() -> None:
@@ -218,12 +219,17 @@ def test_settings_that_callers_ask_for() -> None:
 
 
 def test_set_num_sms_is_for_buffers_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deep_ep.Buffer, "num_sms", None)
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", 24)
     before = deep_ep.Buffer(_Group())
     deep_ep.Buffer.set_num_sms(12)
     after = deep_ep.Buffer(_Group())
-    assert "num_sms" not in before._buffers.options
+    assert before._buffers.options["num_sms"] == 24
     assert after._buffers.options["num_sms"] == 12
+    assert deep_ep.Buffer.get_dispatch_config(8).num_sms == 12
+    monkeypatch.setattr(deep_ep.Buffer, "transport", "copy_engine")
+    monkeypatch.setattr(deep_ep.Buffer, "timeout_s", 7.0)
+    packs = deep_ep.Buffer(_Group())._buffers.options
+    assert packs == {"transport": "copy_engine", "num_sms": None, "timeout_s": 7.0}
 
 
 class _Group:
@@ -249,6 +255,11 @@ ours.install(); ours.install()
 import deep_ep
 from deep_ep import Buffer, Config, EventOverlap
 from deep_ep.utils import EventHandle, EventOverlap as again
+import deep_ep.utils
+from deep_ep import utils
+import importlib.util
+assert deep_ep.utils is utils and utils.EventOverlap is EventOverlap
+assert importlib.util.find_spec("deep_ep.utils") is not None
 print(deep_ep is ours, again is EventOverlap)
 ours.uninstall(); ours.uninstall()
 try:

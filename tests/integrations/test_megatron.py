@@ -7,8 +7,11 @@ Shapes: T tokens of a rank, H hidden, E experts, K top-k.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext.launch import run_ranks
 
@@ -103,13 +107,21 @@ def through_dispatcher(
 ) -> Tensor:
     """What MoELayer does with a dispatcher, with experts that ``weights`` [E/R, H, H] make."""
     rows, dispatched = dispatcher.dispatch_preprocess(x, routed, probs)
+    return through_experts(dispatcher, rows, dispatched, weights)
+
+
+def through_experts(dispatcher: Any, rows: Tensor, dispatched: Tensor, weights: Tensor) -> Tensor:
+    """What comes after the preparation."""
     rows, dispatched = dispatcher.token_dispatch(rows, dispatched)
     rows, sizes, row_probs = dispatcher.dispatch_postprocess(rows, dispatched)
     assert sizes.device.type == "cpu"
     parts = zip(rows.split(sizes.tolist()), row_probs.split(sizes.tolist()), weights, strict=True)
-    outputs = torch.cat([torch.tanh(part @ w) * p[:, None] for part, p, w in parts]).to(x.dtype)
-    outputs = dispatcher.token_combine(dispatcher.combine_preprocess(outputs))
-    return dispatcher.combine_postprocess(outputs)
+    outputs = [torch.tanh(part @ w) * p[:, None] for part, p, w in parts]
+    combined = torch.cat(outputs).to(rows.dtype)
+    y = dispatcher.token_combine(dispatcher.combine_preprocess(combined))
+    # Under 1F1B overlap Megatron takes the memory of what a combine was given.
+    combined.untyped_storage().resize_(0)
+    return dispatcher.combine_postprocess(y)
 
 
 def expected(x: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
@@ -122,6 +134,7 @@ def compare(
     tokens: list[int],
     drop: bool = False,
     close: dict[str, float] = CLOSE,
+    through: Callable[..., Tensor] = through_dispatcher,
 ) -> None:
     """Outputs and all gradients of a call equal those of one process."""
     from megatron.core import parallel_state
@@ -133,7 +146,7 @@ def compare(
     mine = expert_weights()[dispatcher.local_expert_indices].requires_grad_()
     # With expert tensor parallelism the outputs of the ranks that share an expert are summed.
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    y = through_dispatcher(dispatcher, x, routed, probs, mine)
+    y = through(dispatcher, x, routed, probs, mine)
     gen = torch.Generator().manual_seed(1)
     cotangent = torch.randn(max(tokens), HIDDEN, dtype=torch.float64, generator=gen)
     y.backward(cotangent[: len(x)])
@@ -168,30 +181,96 @@ def equals_one_process() -> None:
 
 
 def several_at_once() -> None:
-    """Overlapped micro-batches: a second forward before the first one's combine and backward."""
+    """Micro-batches whose backwards come later, in any order."""
     megatron = start(tp=1, ep=2)
     megatron.install(transport="collective")
-    config = make_config()
-    x, routed, probs = routing(dist.get_rank(), TOKENS)
+    dispatcher = make_dispatcher(make_config())
     weights = expert_weights()
+    mine = weights[dispatcher.local_expert_indices]
     results = []
-    for _ in range(2):
-        dispatcher = make_dispatcher(config)
+    for tokens in (TOKENS, 5, 9):
+        x, routed, probs = routing(dist.get_rank(), tokens)
         leaf = x.clone().requires_grad_()
-        rows, numbers = dispatcher.dispatch_preprocess(leaf, routed, probs)
-        rows, numbers = dispatcher.token_dispatch(rows, numbers)
-        results.append((dispatcher, leaf, rows, numbers))
-    for dispatcher, leaf, rows, numbers in reversed(results):
-        rows, sizes, numbers = dispatcher.dispatch_postprocess(rows, numbers)
-        mine = weights[dispatcher.local_expert_indices]
-        parts = zip(rows.split(sizes.tolist()), numbers.split(sizes.tolist()), mine, strict=True)
-        rows = torch.cat([torch.tanh(part @ w) * p[:, None] for part, p, w in parts])
-        y = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+        y = through_dispatcher(dispatcher, leaf, routed, probs, mine)
         torch.testing.assert_close(y, expected(x, probs, weights), **CLOSE)
+        results.append((y, leaf, probs))
+    for i in (1, 2, 0):
+        y, leaf, probs = results[i]
         y.sum().backward()
-        want = x.clone().requires_grad_()
+        want = leaf.detach().clone().requires_grad_()
         expected(want, probs, weights).sum().backward()
         torch.testing.assert_close(leaf.grad, want.grad, **CLOSE)
+
+
+def as_megatron_may_call_it() -> None:
+    """Checkpoints, evaluation, graphs of the preparation, in-place sums."""
+    megatron = start(tp=1, ep=2)
+    megatron.install(transport="collective")
+    for backend in ("deepep", "hybridep"):
+        dispatcher = make_dispatcher(make_config(backend))
+
+        def recomputed(*arguments: Any, reentrant: bool) -> Tensor:
+            return checkpoint(through_dispatcher, *arguments, use_reentrant=reentrant)
+
+        for reentrant in (False, True):
+            compare(dispatcher, [TOKENS] * 2, through=partial(recomputed, reentrant=reentrant))
+
+        def replayed(d: Any, x: Tensor, routed: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
+            # A graph of the preparation hands over what it names; all else is of the capture.
+            rows, numbers = d.dispatch_preprocess(x, routed, probs)
+            names = [name.removeprefix("_comm_manager.") for name in d.cudagraph_attrs]
+            told = {name: getattr(d._comm_manager, name) for name in names}
+            d.dispatch_preprocess(x, routed.flip(1), probs.flip(1))
+            for name, value in told.items():
+                setattr(d._comm_manager, name, value)
+            return through_experts(d, rows, numbers, weights)
+
+        compare(dispatcher, [TOKENS] * 2, through=replayed)
+
+        def added_to(*arguments: Any) -> Tensor:
+            y = through_dispatcher(*arguments)
+            y += 0.0  # as an overlapped shared expert does
+            return y
+
+        compare(dispatcher, [TOKENS] * 2, through=added_to)
+        x, routed, probs = routing(dist.get_rank(), TOKENS)
+        with torch.no_grad():
+            mine = expert_weights()[dispatcher.local_expert_indices]
+            y = through_dispatcher(dispatcher, x, routed, probs, mine)
+        torch.testing.assert_close(y, expected(x, probs, expert_weights()), **CLOSE)
+
+
+def nothing_is_kept() -> None:
+    """Neither handles after a backward, nor buffers of groups that are gone."""
+    from megatron.core import parallel_state
+
+    megatron = start(tp=1, ep=2)
+    handles: list[Any] = []
+
+    def watched(d: Any, *arguments: Any) -> Tensor:
+        combine = d._comm_manager.combine
+
+        def watching(*given: Any) -> Tensor:
+            handles.append(weakref.ref(d._comm_manager.handle))
+            return combine(*given)
+
+        d._comm_manager.combine = watching
+        y = through_dispatcher(d, *arguments)
+        d._comm_manager.combine = combine
+        return y
+
+    for _ in range(2):
+        megatron.install(transport="collective")
+        dispatcher = make_dispatcher(make_config())
+        compare(dispatcher, [TOKENS] * 2, through=watched)
+        gc.collect()
+        assert handles.pop()() is None
+        (buffers,) = megatron._installed
+        assert len(buffers._made) == 1
+        megatron.uninstall()
+        assert not buffers._made
+        parallel_state.destroy_model_parallel()
+        start(tp=1, ep=2)
 
 
 def tensor_parallel_experts() -> None:
@@ -209,11 +288,23 @@ def pads_for_quantised_experts() -> None:
 
     alignment = get_align_size_for_quantization(config)
     assert alignment > 1
-    dispatcher = make_dispatcher(config)
-    compare(dispatcher, [TOKENS, TOKENS])
-    sizes = dispatcher._comm_manager.get_number_of_tokens_per_expert()
+    told = []
+
+    def watched(d: Any, *arguments: Any) -> Tensor:
+        postprocess = d.dispatch_postprocess
+
+        def watching(*given: Any) -> Any:
+            told.append(postprocess(*given))
+            return told[-1]
+
+        d.dispatch_postprocess = watching
+        return through_dispatcher(d, *arguments)
+
+    compare(make_dispatcher(config), [TOKENS, TOKENS], through=watched)
+    ((rows, sizes, numbers),) = told
     assert (sizes % alignment == 0).all()
-    assert (sizes > 0).any()
+    assert len(rows) == len(numbers) == sizes.sum() > 0
+    assert (numbers == 0).sum() > 0, "padding has no weight"
 
 
 def low_precision_probs() -> None:
@@ -230,7 +321,12 @@ def low_precision_probs() -> None:
     want = expected(x.detach().double(), probs.detach().double(), expert_weights())
     torch.testing.assert_close(y.double(), want, rtol=0.03, atol=0.03)
     assert probs.grad.dtype == torch.bfloat16
-    assert ((probs.grad != 0) <= routed).all()
+    leaf = probs.detach().double().requires_grad_()
+    expected(x.detach().double(), leaf, expert_weights()).sum().backward()
+    largest = float(leaf.grad.abs().max())
+    torch.testing.assert_close(
+        probs.grad.double(), leaf.grad * routed, rtol=0.0, atol=0.03 * largest
+    )
 
 
 CHECKS: dict[str, tuple[int, Callable[[], None]]] = {
@@ -239,6 +335,8 @@ CHECKS: dict[str, tuple[int, Callable[[], None]]] = {
     "tensor_parallel_experts": (4, tensor_parallel_experts),
     "pads_for_quantised_experts": (2, pads_for_quantised_experts),
     "low_precision_probs": (2, low_precision_probs),
+    "as_megatron_may_call_it": (2, as_megatron_may_call_it),
+    "nothing_is_kept": (2, nothing_is_kept),
 }
 
 
@@ -272,11 +370,23 @@ def complaints() -> list[str]:
         with pytest.raises(ValueError, match="expected") as failure:
             make_dispatcher(config)
         told.append(str(failure.value))
+    config = make_config("deepep")
+    config.overlap_moe_expert_parallel_comm = True
+    with pytest.raises(ValueError, match="expected") as failure:
+        make_dispatcher(config)
+    told.append(str(failure.value))
+    config.moe_flex_dispatcher_backend = "hybridep"
+    manager = make_dispatcher(config)._comm_manager
+    for too_early in (manager.dispatch, manager.combine):
+        with pytest.raises(ValueError, match="expected") as failure:
+            too_early(x)
+        told.append(str(failure.value))
     return told
 
 
 def test_what_cannot_be_served_is_refused() -> None:
-    for too_many, padded, bounded in run_ranks(complaints, 2, backend="gloo", run_timeout_s=200):
+    for told in run_ranks(complaints, 2, backend="gloo", run_timeout_s=200):
+        too_many, padded, bounded, overlapped, *too_early = told
         assert too_many == (
             f"expected at most {TOKENS} tokens of a rank in one call, got {TOKENS + 1}: give "
             "megatron.install(max_tokens=) the most there will be"
@@ -285,6 +395,14 @@ def test_what_cannot_be_served_is_refused() -> None:
         assert padded.endswith("got True")
         assert bounded.startswith("expected moe_expert_rank_capacity_factor to be unset")
         assert bounded.endswith("got 1.5")
+        assert overlapped == (
+            "expected moe_flex_dispatcher_backend='hybridep' with overlap_moe_expert_parallel_comm "
+            "and dualpipe_ext, got 'deepep'"
+        )
+        assert too_early == [
+            "expected setup_metadata before a dispatch, got none",
+            "expected a dispatch before every combine, got none",
+        ]
 
 
 def test_uninstall_gives_megatron_its_own_back() -> None:

@@ -44,6 +44,11 @@ def of_two_ranks() -> None:
     group = dist.new_group()
     assert buffers.get(group, tokens=4, **SHAPE) is not first
 
+    # A call without tokens tells nothing of the next one.
+    assert get(buffers, 0, hidden=48).config.max_tokens == 1
+    assert get(buffers, 5, hidden=48).config.max_tokens == 5
+    assert {buffer.config.num_slabs for buffer in (first, *others)} == {0}
+
     roomy = SharedBuffers("", max_tokens=100, options={"transport": "collective"})
     assert get(roomy, 2).config.max_tokens == 100
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -88,10 +89,11 @@ def of_every_dispatcher(dtype: torch.dtype, changes: dict[str, Any]) -> None:
         manager = layer.token_dispatcher._comm_manager
         assert manager._buffer.transport == transport
     megatron.uninstall()
-    # Sums of a token's experts are rounded in another order.
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    # Sums of a token's experts are rounded in another order; the largest value sets the scale.
+    close = 1e-5 if dtype == torch.float32 else 0.03
     for name, tensor in found["nvlink"].items():
-        torch.testing.assert_close(tensor, want[name], msg=lambda m, n=name: f"{n}: {m}", **close)
+        error = (tensor.double() - want[name].double()).abs().max()
+        assert error <= close * want[name].double().abs().max(), f"{name}: {error:.3g}"
         for transport in OURS[1:]:
             assert torch.equal(tensor, found[transport][name]), f"{name} over {transport}"
 
@@ -110,4 +112,6 @@ def of_every_dispatcher(dtype: torch.dtype, changes: dict[str, Any]) -> None:
 def test_a_layer_computes_what_it_does_over_alltoall(
     dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
+    if "moe_shared_expert_overlap" in changes and version("megatron-core") < "0.19":
+        pytest.skip("Megatron-Core before 0.19 overlaps shared experts with alltoall only")
     run_ranks(of_every_dispatcher, RANKS, dtype, changes, run_timeout_s=200)
