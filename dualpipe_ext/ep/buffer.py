@@ -332,7 +332,8 @@ class Buffer:
         validate.check_row_weights(row_weights, rows, handle, transport.config)
         if torch.compiler.is_compiling():
             top_k = transport.config.top_k
-            return *ops.combine_with_weights(rows, row_weights, handle, top_k), Event()
+            with torch.no_grad():
+                return *ops.combine_with_weights(rows, row_weights, handle, top_k), Event()
         own = ops.resolved(handle)
         with torch.no_grad(), self._comm_stream.run(async_op, rows):
             y, numbers = transport.combine(rows, own, row_weights=row_weights)

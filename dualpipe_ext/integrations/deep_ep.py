@@ -14,8 +14,9 @@ What differs besides: hints of buffer sizes are 0, since communication memory is
 dispatch, and ``Config``'s chunks are not used. ``set_num_sms`` is for buffers to come. With
 ``async_finish`` a call follows the current stream, not ``previous_event`` alone, and a routing is
 found on the current stream, where the host waits for it: what is to overlap a new dispatch is
-launched after it. A handle is no tuple, and of the ``Buffer`` that made it. Every dispatch needs
-expert ids or a handle, FP8 scales are float32. Kernels for low latency are not offered.
+launched after it. A handle is no tuple, and of the ``Buffer`` that made it. A dispatch needs expert
+ids or a handle, a combine takes ``bias`` or ``topk_weights``, FP8 scales are float32. Kernels for
+low latency are not offered.
 
 The interface was read from https://github.com/deepseek-ai/DeepEP (version 1.2); the implementation
 is ``dualpipe_ext.ep``.

@@ -18,6 +18,7 @@ the TP group, each of whose ranks is sent all tokens), K top-k (likewise), M row
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ except ImportError as error:
 _MANAGERS = ("_DeepepManager", "_HybridEPManager")
 
 _originals: dict[str, Any] = {}
-# Of every install() since the last uninstall().
-_installed: list[SharedBuffers] = []
+# Of every install() since the last uninstall(), as long as some layer can use it.
+_installed: weakref.WeakSet[SharedBuffers] = weakref.WeakSet()
 
 
 class _Manager:
@@ -224,7 +225,7 @@ def install(
         {"transport": transport, "num_sms": num_sms, "timeout_s": timeout_s},
     )
 
-    _installed.append(buffers)
+    _installed.add(buffers)
 
     def make_manager(**arguments: Any) -> _Manager:
         return _Manager(buffers, **arguments)

@@ -6,11 +6,14 @@
 What belongs here: ``Schedule1F1B``, ``ScheduleZBVZeroBubble`` and ``ScheduleDualPipeV`` with the
 constructors, ``step`` and ``eval`` of torch's. Stages stay torch's ``PipelineStage``; one whose
 module offers ``phases()`` gets forward and backward overlapped. What torch offers besides and this
-does not is refused: keyword arguments of the model, chunk and merge specifications, and modules
-that reduce their gradients themselves (DDP, FSDP), since they would do so for every micro-batch.
+does not is refused: keyword arguments of the model, chunk and merge specifications, ``dw_builder``,
+and modules that reduce their gradients themselves (DDP, FSDP), since they would do so for every
+micro-batch. In the V-shaped schedules every plain ``nn.Linear`` of a stage defers its weight
+gradient (:func:`~dualpipe_ext.pipeline.weight_grad.defer_weight_grads`); other modules compute
+theirs with the input gradient.
 
-Any other plan, DualPipe's among them, runs in torch's own runtime instead: see
-``dualpipe schedule --csv``.
+Other plans of one pipe run in torch's own runtime, see ``dualpipe schedule --csv``; DualPipe, which
+has two, in :class:`dualpipe_ext.DualPipe`.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
+from dualpipe_ext.pipeline.plan import build_plan
 from dualpipe_ext.pipeline.runtime import Pipeline
+from dualpipe_ext.pipeline.weight_grad import defer_weight_grads
 
 _REDUCES = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -46,8 +51,8 @@ class _Schedule:
     Args:
         stages: this rank's, in any order.
         n_microbatches: micro-batches of a step.
-        loss_fn: ``loss_fn(output, target, **loss_kwargs)`` gives a scalar; None: steps only run
-            forward.
+        loss_fn: ``loss_fn(output, target, **loss_kwargs)`` gives a number, ``output`` being a tuple
+            if the last stage returns several; None: steps only run forward.
         args_chunk_spec: must be None, as must the other two.
         kwargs_chunk_spec: see above.
         output_merge_spec: see above.
@@ -55,7 +60,7 @@ class _Schedule:
         backward_requires_autograd: must be true.
         defer_pp_recv: has no meaning here, where receives never wait for the host.
         options: of :class:`~dualpipe_ext.pipeline.Pipeline`: ``transport``, ``peers``,
-            ``partition``, ``timeout_s`` and others.
+            ``partition``, ``timeout_s`` and others, but for ``rank_mapping``.
 
     Raises:
         ValueError: stages that this schedule does not have on this rank, or one of the things that
@@ -87,20 +92,20 @@ class _Schedule:
         for name, spec in specs.items():
             if spec is not None:
                 raise ValueError(f"expected {name}=None, which cuts along dimension 0, got {spec}")
+        if "rank_mapping" in options:
+            raise ValueError("expected no rank_mapping: stages say where they are")
         stages = sorted(stages, key=lambda stage: stage.stage_index)
-        for stage in stages:
-            if isinstance(stage.submod, _REDUCES):
-                raise ValueError(
-                    "expected stages that leave gradients to the caller, who reduces them after "
-                    f"step(), got {type(stage.submod).__name__}"
-                )
         self._check_places(stages)
+        _check_modules(stages)
+        _check_microbatches(self.kind, stages[0].group_size, n_microbatches)
         self._ends = any(stage.is_last for stage in stages)
         self._begins = any(stage.is_first for stage in stages)
         self._n_microbatches = n_microbatches
         self._loss_fn = loss_fn
         self._scale = 1 / n_microbatches if scale_grads else 1.0
         modules = [stage.submod for stage in stages]
+        if self.kind != "1f1b":
+            modules = [defer_weight_grads(module) for module in modules]
         self.pipeline = Pipeline(self.kind, modules, stages[0].group, **options)
         """What runs the steps."""
 
@@ -176,28 +181,61 @@ class _Schedule:
             raise ValueError(
                 f"expected the model's arguments by position, got {', '.join(sorted(kwargs))}"
             )
-        criterion = self._criterion(loss_kwargs or {}) if backward or target is not None else None
+        has_target = target is not None
+        criterion = None
+        if self._loss_fn is not None and (backward or has_target):
+            criterion = _criterion(self._loss_fn, loss_kwargs or {}, has_target, self._scale)
+        if losses is not None and self._ends:
+            losses.clear()
         with torch.set_grad_enabled(backward):
             found, outputs = self.pipeline.step(
                 *(args if self._begins else ()),
                 num_chunks=self._n_microbatches,
                 criterion=criterion if self._ends else None,
-                labels=() if target is None or not self._ends else (target,),
+                labels=(target,) if has_target and self._ends else (),
                 return_outputs=return_outputs,
             )
         if losses is not None and found is not None:
-            losses[:] = found.detach().unbind()
+            losses.extend(found.detach().unbind())
         return outputs
 
-    def _criterion(self, loss_kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
-        loss_fn, scale = self._loss_fn, self._scale
-        if loss_fn is None:
-            return None
 
-        def criterion(*outputs_and_target: Tensor) -> Tensor:
-            return _ScaleGrad.apply(loss_fn(*outputs_and_target, **loss_kwargs), scale)
+def _criterion(
+    loss_fn: Callable[..., Tensor], loss_kwargs: dict[str, Any], has_target: bool, scale: float
+) -> Callable[..., Tensor]:
+    """``loss_fn`` as the runtime calls it: with the outputs one by one, and a scaled gradient."""
 
-        return criterion
+    def criterion(*given: Tensor) -> Tensor:
+        outputs, target = (given[:-1], given[-1:]) if has_target else (given, ())
+        output = outputs[0] if len(outputs) == 1 else outputs
+        loss = loss_fn(output, *target, **loss_kwargs)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loss = _ScaleGrad.apply(loss.reshape(()), scale)
+        return loss  # anything else the runtime refuses
+
+    return criterion
+
+
+def _check_modules(stages: Sequence[PipelineStage]) -> None:
+    for stage in stages:
+        if stage.dw_builder is not None:
+            raise ValueError(
+                f"expected stages without dw_builder, got one for stage {stage.stage_index}"
+            )
+        reduces = [type(m).__name__ for m in stage.submod.modules() if isinstance(m, _REDUCES)]
+        if reduces:
+            raise ValueError(
+                "expected stages that leave gradients to the caller, who reduces them after "
+                f"step(), got {reduces[0]}"
+            )
+
+
+def _check_microbatches(kind: str, num_ranks: int, n_microbatches: int) -> None:
+    """Before anything is connected, in the name that the caller knows."""
+    try:
+        build_plan(kind, num_ranks=num_ranks, num_chunks=n_microbatches)
+    except ValueError as error:
+        raise ValueError(str(error).replace("num_chunks", "n_microbatches")) from None
 
 
 class Schedule1F1B(_Schedule):

@@ -303,6 +303,11 @@ def _specs_of(
     bad = [type(x).__name__ for x in outputs if not isinstance(x, Tensor)]
     if bad:
         raise ValueError(f"expected stage {message.stage} to return tensors, got {bad[0]}")
+    if any(hasattr(x, "to_local") for x in outputs):
+        raise ValueError(
+            f"expected stage {message.stage} to return plain tensors, got a DTensor: to_local() "
+            "gives one"
+        )
     elsewhere = [x.device for x in outputs if x.device != device]
     if elsewhere:
         raise ValueError(

@@ -166,6 +166,41 @@ def test_a_compiled_handle_works_in_eager_code(buffer: Buffer) -> None:
     assert torch.equal(y, buffer.combine(want.tokens, want_handle, weights=want.weights)[0])
 
 
+@pytest.mark.parametrize("layout", ["token", "expert"])
+def test_combine_with_weights_in_and_out_of_graphs(buffer: Buffer, layout: str) -> None:
+    """Whoever made the handle, and wherever it is used; no gradient, as in eager code."""
+    x, idx, w = draw(8)
+
+    def begin(x: Tensor, idx: Tensor, w: Tensor) -> Any:
+        return buffer.dispatch(x, idx, w, layout=layout, max_recv_tokens=ROWS)
+
+    def end(rows: Tensor, weights: Tensor, handle: Any) -> tuple[Tensor, Tensor]:
+        return buffer.combine_with_weights(rows, weights, handle)[:2]
+
+    def both(x: Tensor, idx: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        recv, handle = begin(x, idx, w)
+        return end(recv.tokens, weights_of(recv), handle)
+
+    def weights_of(recv: Any) -> Tensor:
+        return recv.weights if layout == "expert" else recv.topk_weights
+
+    def compiled(fn: Any) -> Any:
+        return torch.compile(fn, backend="aot_eager", fullgraph=True)
+
+    recv, eager = begin(x, idx, w)
+    traced = compiled(begin)(x, idx, w)[1]
+    rows, weights = recv.tokens.square(), weights_of(recv)
+    want = end(rows, weights, eager)
+    assert torch.equal(want[1], torch.where(idx >= 0, w, 0))
+    for run in (end, compiled(end)):
+        for handle in (eager, traced):
+            found = run(rows.clone().requires_grad_(), weights, handle)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+            assert not found[0].requires_grad
+    found, want = compiled(both)(x, idx, w), both(x, idx, w)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 def test_an_eager_handle_works_in_compiled_code(buffer: Buffer) -> None:
     def repeat(x: Tensor, handle: Any, w: Tensor) -> Tensor:
         recv, _ = buffer.dispatch(x, None, w, handle=handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,13 +15,38 @@ from torch.distributed.pipelining import PipelineStage
 
 from dualpipe_ext.integrations import torch_pipelining as ours
 from dualpipe_ext.launch import run_ranks
+from dualpipe_ext.pipeline import Phase
+from dualpipe_ext.pipeline.weight_grad import DeferrableLinear
 
 HIDDEN, BATCH, CHUNKS, RANKS = 8, 24, 8, 2
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
+class Phased(nn.Module):
+    """A stage whose pairs are overlapped, phase by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(HIDDEN, 12), nn.Linear(12, HIDDEN)
+
+    def phases(self) -> list[Phase]:
+        return [
+            Phase("wide", "compute", lambda x: (torch.tanh(self.wide(x)),)),
+            Phase("moved", "comm", lambda x: (x.clone(),)),
+            Phase("back", "compute", lambda x: (self.back(x),)),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: tuple[Any, ...] = (x,)
+        for phase in self.phases():
+            state = phase.fn(*state)
+        return state[0]
+
+
 def module(index: int) -> nn.Module:
     torch.manual_seed(index)
+    if index % 2:
+        return Phased().double()
     return nn.Sequential(nn.Linear(HIDDEN, 12), nn.Tanh(), nn.Linear(12, HIDDEN)).double()
 
 
@@ -63,7 +89,11 @@ def same_as_torch(name: str) -> None:
     for options in ({}, {"scale_grads": False}):
         theirs, their_modules = make(torchs, name, **options)
         mine, my_modules = make(ours, name, transport="collective", **options)
+        deferring = [m for module in my_modules for m in module.modules() if is_linear(m)]
+        assert {isinstance(m, DeferrableLinear) for m in deferring} == {name != "Schedule1F1B"}
         for seed, how in ((1, {}), (2, {"loss_kwargs": {"weight": 3.0}})):
+            if how and not takes_loss_kwargs(theirs):
+                continue
             wanted, found = call(theirs.step, name, seed, **how), call(mine.step, name, seed, **how)
             expect_same(found, wanted, ends(name))
             compare_grads(my_modules, their_modules)
@@ -75,6 +105,15 @@ def same_as_torch(name: str) -> None:
             for m in (*my_modules, *their_modules):
                 m.zero_grad()
         assert call(mine.step, name, 3, return_outputs=False)[0] is None
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def takes_loss_kwargs(schedule: Any) -> bool:
+    """torch 2.11's do not."""
+    return "loss_kwargs" in inspect.signature(schedule.step).parameters
 
 
 @torch.no_grad()
@@ -119,6 +158,48 @@ def gradients_add_up() -> None:
         torch.testing.assert_close(after, 2 * before, **CLOSE)
 
 
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = module(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.inner(x)
+        return y, y.sum(1)
+
+
+def loss_of_two(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    first, second = outputs
+    return (F.mse_loss(first, target) + second.mean()).reshape(1)
+
+
+def outputs_as_torch_gives_them() -> None:
+    """A tuple of outputs reaches the loss as one; a loss may have one element."""
+    rank = dist.get_rank()
+    results = []
+    for source in (torchs, ours):
+        torch.manual_seed(0)
+        stage_module = TwoOutputs() if rank == 1 else module(0)
+        stage = PipelineStage(stage_module, rank, RANKS, torch.device("cpu"))
+        schedule = source.Schedule1F1B(stage, CHUNKS, loss_fn=loss_of_two)
+        losses: list[Tensor] = [torch.zeros(())]
+        x, y = batch(1)
+        last = {"target": y, "losses": losses} if rank == 1 else {}
+        outputs = schedule.step(*((x,) if rank == 0 else ()), **last)
+        results.append((outputs, losses, [p.grad for p in stage_module.parameters()]))
+    (their_outputs, their_losses, their_grads), (outputs, losses, grads) = results
+    torch.testing.assert_close(grads, their_grads, **CLOSE)
+    if rank == 1:
+        torch.testing.assert_close(outputs, tuple(their_outputs), **CLOSE)
+        assert len(losses) == CHUNKS
+        torch.testing.assert_close([loss.reshape(1) for loss in losses], their_losses, **CLOSE)
+        # Nothing old stays where there is no loss.
+        schedule.eval(losses=losses)
+        assert losses == []
+    else:
+        schedule.eval(batch(2)[0])
+
+
 def forward_only() -> None:
     for name in ("Schedule1F1B", "ScheduleDualPipeV"):
         mine, modules = make(ours, name, loss_fn=None)
@@ -140,13 +221,28 @@ def refusals() -> list[str]:
         told.append(str(failure.value))
 
     name = "ScheduleDualPipeV"
+
+    def make_with(chunks: int) -> Any:
+        device = torch.device("cpu")
+        stages = [PipelineStage(module(i), i, 2 * RANKS, device) for i in (rank, 3 - rank)]
+        return ours.ScheduleDualPipeV(stages, chunks)
+
     refused(ValueError, lambda: make(ours, name, output_merge_spec=(0,)))
     refused(ValueError, lambda: make(ours, name, backward_requires_autograd=False))
     wrong = PipelineStage(module(0), 1 - rank, RANKS, torch.device("cpu"))
     refused(ValueError, lambda: ours.Schedule1F1B(wrong, CHUNKS))
-    wrapped = nn.parallel.DistributedDataParallel(module(0))
+    wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(module(0)))
     stage = PipelineStage(wrapped, rank, RANKS, torch.device("cpu"))
     refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS))
+    stage = PipelineStage(
+        module(0), rank, RANKS, torch.device("cpu"), dw_builder=lambda: lambda: None
+    )
+    refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS))
+    stage = PipelineStage(module(0), rank, RANKS, torch.device("cpu"))
+    refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS, rank_mapping=[1, 0]))
+    refused(ValueError, lambda: ours.Schedule1F1B(stage, 0))
+    refused(ValueError, lambda: ours.ScheduleDualPipeV([stage], CHUNKS))
+    refused(ValueError, lambda: make_with(3))
     mine, _ = make(ours, name)
     x, _ = batch(1)
     refused(ValueError, lambda: mine.step(x, mask=x))
@@ -165,10 +261,17 @@ def test_what_torch_has_besides_is_refused() -> None:
     assert first[2] == "expected stages [0] of 2 on rank 0 for 1f1b, got [1] of 2"
     assert second[2] == "expected stages [1] of 2 on rank 1 for 1f1b, got [0] of 2"
     assert first[3].endswith("got DistributedDataParallel")
-    assert first[4] == "expected the model's arguments by position, got mask"
-    assert first[5] == "expected step() with gradients, got torch.no_grad(): call eval()"
+    assert first[4] == "expected stages without dw_builder, got one for stage 0"
+    assert first[5] == "expected no rank_mapping: stages say where they are"
+    assert first[6] == "expected n_microbatches to be a positive integer, got 0"
+    assert first[7] == "expected stages [0, 3] of 4 on rank 0 for dualpipev, got [0] of 2"
+    assert first[8].startswith("expected n_microbatches of at least 4 for dualpipev on 2 ranks")
+    assert first[9] == "expected the model's arguments by position, got mask"
+    assert first[10] == "expected step() with gradients, got torch.no_grad(): call eval()"
 
 
-@pytest.mark.parametrize("check", [gradients_add_up, forward_only], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "check", [gradients_add_up, outputs_as_torch_gives_them, forward_only], ids=lambda c: c.__name__
+)
 def test_two_ranks(check: Any) -> None:
     run_ranks(check, RANKS, backend="gloo", run_timeout_s=60)
