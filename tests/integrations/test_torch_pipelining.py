@@ -1,4 +1,7 @@
-"""Torch's schedules and ours, with the same stages, data and calls."""
+"""Torch's schedules and ours, with the same stages, data and calls.
+
+The checks run here over gloo, in tests/multi_gpu/test_torch_pipelining.py between GPUs.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ from dualpipe_ext.pipeline.weight_grad import DeferrableLinear
 
 HIDDEN, BATCH, CHUNKS, RANKS = 8, 24, 8, 2
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def device() -> torch.device:
+    gpu = dist.get_backend() != "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 class Phased(nn.Module):
@@ -46,8 +54,9 @@ class Phased(nn.Module):
 def module(index: int) -> nn.Module:
     torch.manual_seed(index)
     if index % 2:
-        return Phased().double()
-    return nn.Sequential(nn.Linear(HIDDEN, 12), nn.Tanh(), nn.Linear(12, HIDDEN)).double()
+        return Phased().to(device(), torch.float64)
+    layers = nn.Linear(HIDDEN, 12), nn.Tanh(), nn.Linear(12, HIDDEN)
+    return nn.Sequential(*layers).to(device(), torch.float64)
 
 
 def weighted_loss(output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
@@ -60,8 +69,7 @@ def make(source: Any, name: str, **options: Any) -> tuple[Any, list[nn.Module]]:
     indices = [rank] if single else [rank, 2 * RANKS - 1 - rank]
     total = RANKS * len(indices)
     modules = [module(index) for index in indices]
-    device = torch.device("cpu")
-    stages = [PipelineStage(m, i, total, device) for m, i in zip(modules, indices, strict=True)]
+    stages = [PipelineStage(m, i, total, device()) for m, i in zip(modules, indices, strict=True)]
     options = {"loss_fn": weighted_loss} | options
     return getattr(source, name)(stages[0] if single else stages, CHUNKS, **options), modules
 
@@ -69,7 +77,7 @@ def make(source: Any, name: str, **options: Any) -> tuple[Any, list[nn.Module]]:
 def batch(seed: int) -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(BATCH, HIDDEN, dtype=torch.float64, generator=gen) for _ in range(2))
-    return x, y
+    return x.to(device()), y.to(device())
 
 
 def ends(name: str) -> int:
@@ -88,7 +96,7 @@ def call(run: Any, name: str, seed: int, **how: Any) -> tuple[Any, list[Tensor]]
 def same_as_torch(name: str) -> None:
     for options in ({}, {"scale_grads": False}):
         theirs, their_modules = make(torchs, name, **options)
-        mine, my_modules = make(ours, name, transport="collective", **options)
+        mine, my_modules = make(ours, name, **options)
         deferring = [m for module in my_modules for m in module.modules() if is_linear(m)]
         assert {isinstance(m, DeferrableLinear) for m in deferring} == {name != "Schedule1F1B"}
         for seed, how in ((1, {}), (2, {"loss_kwargs": {"weight": 3.0}})):
@@ -180,7 +188,7 @@ def outputs_as_torch_gives_them() -> None:
     for source in (torchs, ours):
         torch.manual_seed(0)
         stage_module = TwoOutputs() if rank == 1 else module(0)
-        stage = PipelineStage(stage_module, rank, RANKS, torch.device("cpu"))
+        stage = PipelineStage(stage_module, rank, RANKS, device())
         schedule = source.Schedule1F1B(stage, CHUNKS, loss_fn=loss_of_two)
         losses: list[Tensor] = [torch.zeros(())]
         x, y = batch(1)
@@ -223,22 +231,19 @@ def refusals() -> list[str]:
     name = "ScheduleDualPipeV"
 
     def make_with(chunks: int) -> Any:
-        device = torch.device("cpu")
-        stages = [PipelineStage(module(i), i, 2 * RANKS, device) for i in (rank, 3 - rank)]
+        stages = [PipelineStage(module(i), i, 2 * RANKS, device()) for i in (rank, 3 - rank)]
         return ours.ScheduleDualPipeV(stages, chunks)
 
     refused(ValueError, lambda: make(ours, name, output_merge_spec=(0,)))
     refused(ValueError, lambda: make(ours, name, backward_requires_autograd=False))
-    wrong = PipelineStage(module(0), 1 - rank, RANKS, torch.device("cpu"))
+    wrong = PipelineStage(module(0), 1 - rank, RANKS, device())
     refused(ValueError, lambda: ours.Schedule1F1B(wrong, CHUNKS))
     wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(module(0)))
-    stage = PipelineStage(wrapped, rank, RANKS, torch.device("cpu"))
+    stage = PipelineStage(wrapped, rank, RANKS, device())
     refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS))
-    stage = PipelineStage(
-        module(0), rank, RANKS, torch.device("cpu"), dw_builder=lambda: lambda: None
-    )
+    stage = PipelineStage(module(0), rank, RANKS, device(), dw_builder=lambda: lambda: None)
     refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS))
-    stage = PipelineStage(module(0), rank, RANKS, torch.device("cpu"))
+    stage = PipelineStage(module(0), rank, RANKS, device())
     refused(ValueError, lambda: ours.Schedule1F1B(stage, CHUNKS, rank_mapping=[1, 0]))
     refused(ValueError, lambda: ours.Schedule1F1B(stage, 0))
     refused(ValueError, lambda: ours.ScheduleDualPipeV([stage], CHUNKS))
