@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import doctest
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -94,12 +97,36 @@ def test_the_guides_memory_example_runs() -> None:
 
 
 def test_the_guides_stage_trains_like_plain_autograd() -> None:
-    phases, running = blocks("python")
+    phases, running, *_ = blocks("python")
     ((worst, num_losses),) = run_ranks(
         train_as_the_guide_does, 1, phases, running, run_timeout_s=60
     )
     assert worst < 1e-12
     assert num_losses == 8
+
+
+DROP_INS = [block.strip() for block in blocks("python") if "dualpipe_ext.integrations" in block]
+
+
+def test_the_readme_shows_the_guides_drop_ins() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(
+        r"^\| .* \| `(from dualpipe_ext.integrations[^`]*)` \|$", readme, re.MULTILINE
+    )
+    assert len(DROP_INS) == 3
+    statements = [[s.partition("  #")[0] for s in block.split("\n") if s] for block in DROP_INS]
+    assert {"; ".join(block) for block in statements} < set(rows)
+    assert len(rows) == 4  # and DeepSeek's, which a script imports as it did
+
+
+@pytest.mark.parametrize("block", DROP_INS, ids=lambda block: block.split()[3])
+def test_a_drop_in_runs_as_it_stands(block: str) -> None:
+    if "import megatron" in block:
+        pytest.importorskip("megatron.core", reason="needs megatron-core")
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_table_lists_the_phases_of_the_model() -> None:
