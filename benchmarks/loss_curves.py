@@ -1,10 +1,12 @@
 """Does a run on many ranks learn what one process learns from the same batches?
 
-    python benchmarks/loss_curves.py [arguments of `dualpipe train`]
+    python benchmarks/loss_curves.py [--many FOLDER] [arguments of `dualpipe train`]
 
-Trains twice: with the arguments, on all ranks; then in one process, with the first run's batch,
-micro-batches and slots for replicas, and the same seed, so both see the same tokens in every step.
-(One GPU has to hold micro-batches of all ranks: on GPUs give a ``--batch``, such as 128.)
+Trains twice: with the arguments, on all ranks; then in one process (on the first GPU, if there are
+some), with the first run's batch, micro-batches and slots for replicas, and the same seed, so both
+see the same tokens in every step. (One GPU has to hold micro-batches of all ranks: on GPUs give a
+``--batch``, such as 128.) ``--many`` names the folder of a first run that is there already, perhaps
+from a machine with more GPUs: its ``metrics.csv``, and ``layout.json`` of a checkpoint.
 Expert parallelism, the schedule and the experts that move should change nothing but rounding; in
 BF16 that decides close choices of experts otherwise, from which on the curves differ as those of
 two seeds would.
@@ -16,7 +18,9 @@ the means of the last tenth of the steps are more than 5% apart.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,18 +36,29 @@ _SAME = 0.05
 _SMOOTH = 10
 
 
-def main(arguments: list[str]) -> int:
-    shutil.rmtree(_FOLDER, ignore_errors=True)
-    _FOLDER.mkdir(parents=True)
-    many, one = _FOLDER / "many", _FOLDER / "one"
-    status = _train([*arguments, "--out", str(many)])
+def main(command: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--many", type=Path, help="folder of a run on many ranks, instead of one")
+    options, arguments = parser.parse_known_args(command)
+    many, one = options.many or _FOLDER / "many", _FOLDER / "one"
+    status = 0
+    if options.many is None:
+        shutil.rmtree(_FOLDER, ignore_errors=True)
+        _FOLDER.mkdir(parents=True)
+        status = _train([*arguments, "--out", str(many)])
+    else:
+        shutil.rmtree(one, ignore_errors=True)
     if status:
         return status
-    layout = json.loads(next(many.glob("checkpoints/*/layout.json")).read_text())
+    layouts = sorted(many.glob("**/layout.json"))
+    if not layouts or not (many / "metrics.csv").exists():
+        print(f"expected metrics.csv and a layout.json in {many}, got none", file=sys.stderr)
+        return 2
+    layout = json.loads(layouts[-1].read_text())
     alone = ["--pp", "1", "--ep", "1", "--chunks", str(layout["num_chunks"])]
     alone += ["--batch", str(layout["batch"]), "--rebalance-every", "0"]
     alone += ["--redundant-experts", str(layout["redundant_experts"]), "--out", str(one)]
-    status = _train([*_without_ranks(arguments), *alone])
+    status = _train([*_without_ranks(arguments), *alone], CUDA_VISIBLE_DEVICES=_first_gpu())
     if status:
         return status
     losses = [[row["loss"] for row in read_metrics(f / "metrics.csv")] for f in (many, one)]
@@ -63,17 +78,22 @@ def main(arguments: list[str]) -> int:
         "last_tenth_mean": round(ends[0], 4),
         "last_tenth_mean_alone": round(ends[1], 4),
     }
-    command = " ".join(["python benchmarks/loss_curves.py", *arguments])
-    print(f"recorded in {append(results_file('loss_curves'), command, [row])}; {picture}")
+    typed = " ".join(["python benchmarks/loss_curves.py", *command])
+    print(f"recorded in {append(results_file('loss_curves'), typed, [row])}; {picture}")
     if abs(ends[0] / ends[1] - 1) <= _SAME:
         return 0
     print(f"expected ends within {_SAME:.0%} of each other, got {ends[0]:.4f} and {ends[1]:.4f}")
     return 1
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: list[str], **variables: str) -> int:
     program = [sys.executable, "-m", "dualpipe_ext", "train", *arguments]
-    return subprocess.run(program, check=False).returncode
+    return subprocess.run(program, check=False, env=os.environ | variables).returncode
+
+
+def _first_gpu() -> str:
+    """As CUDA_VISIBLE_DEVICES names it: `dualpipe train` takes all GPUs that it sees."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def _without_ranks(arguments: list[str]) -> list[str]:
