@@ -58,7 +58,7 @@ class _Schedule:
         output_merge_spec: see above.
         scale_grads: gradients are those of the mean over micro-batches, not of the sum.
         backward_requires_autograd: must be true.
-        defer_pp_recv: has no meaning here, where receives never wait for the host.
+        defer_pp_recv: has no meaning here.
         options: of :class:`~dualpipe_ext.pipeline.Pipeline`: ``transport``, ``peers``,
             ``partition``, ``timeout_s`` and others, but for ``rank_mapping``.
 
