@@ -5,10 +5,9 @@ dispatcher's preparation, dispatch, postprocess, ``tokens_per_expert.tolist()``,
 adds the backward, in which gradients of tokens and of routing weights flow. Compared: Megatron's
 alltoall dispatcher (NCCL), and its flex dispatcher with ``dualpipe_ext.integrations.megatron``.
 Without Transformer Engine, which this does not use, alltoall permutes with torch. Before anything
-is timed, outputs and gradients are checked against alltoall's. Random routing, as every layer
-would: it changes with nothing between calls, but is never cached. Protocol:
-``dualpipe_ext/bench/timing.py``. The peak is that of torch's memory in a forward and backward,
-beyond what was there before, communication memory apart.
+is timed, outputs and gradients are checked against alltoall's. Routing is random, the same in every
+call, and found anew in each. Protocol: ``dualpipe_ext/bench/timing.py``. The peak is that of
+torch's memory in a forward and backward, beyond what was there before, communication memory apart.
 
     python benchmarks/megatron_dispatcher.py [--tokens 4096] [--hidden 7168] [--experts 256]
 
@@ -145,10 +144,16 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object
     from dualpipe_ext.integrations import megatron as integration
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks.num_ranks)
-    layers = {"alltoall": make_layer("alltoall", options, ranks)}
-    for name, num_sms in (("nvlink", options.num_sms), ("copy_engine", 0)):
-        integration.install(transport=name, num_sms=num_sms or None)
-        layers[name] = make_layer("flex", options, ranks)
+    variants = {
+        "alltoall": ("alltoall", "", ""),
+        "nvlink": ("flex", "nvlink", options.num_sms),
+        "copy_engine": ("flex", "copy_engine", 0),
+    }
+    layers = {}
+    for name, (dispatcher, transport, num_sms) in variants.items():
+        if transport:
+            integration.install(transport=transport, num_sms=num_sms or None)
+        layers[name] = make_layer(dispatcher, options, ranks)
     ranks.together(lambda: check(layers, ranks))
     peaks = {name: ranks.maxima([peak_mib(layer.both)])[0] for name, layer in layers.items()}
     calls = {(n, p): getattr(la, p) for n, la in layers.items() for p in ("forward", "both")}
@@ -156,9 +161,9 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object
     return [
         {
             "megatron_core": metadata.version("megatron-core"),
-            "dispatcher": "alltoall" if name == "alltoall" else "flex",
-            "transport": "" if name == "alltoall" else name,
-            "num_sms": {"alltoall": "", "nvlink": options.num_sms, "copy_engine": 0}[name],
+            "dispatcher": dispatcher,
+            "transport": transport,
+            "num_sms": num_sms,
             "ranks": ranks.num_ranks,
             "tokens": options.tokens,
             "hidden": options.hidden,
@@ -172,7 +177,7 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object
                 for p, value in percentiles(times[name, part]).items()
             },
         }
-        for name in layers
+        for name, (dispatcher, transport, num_sms) in variants.items()
     ]
 
 

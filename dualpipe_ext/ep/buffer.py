@@ -291,8 +291,7 @@ class Buffer:
             CommTimeoutError: a rank did not take part.
         """
         transport = self._transport
-        validate.check_handle(handle, transport)
-        validate.check_rows("rows", rows, transport, handle.num_rows)
+        validate.check_combine(rows, handle, transport)
         validate.check_combine_extras(rows, handle, weights, bias)
         if torch.compiler.is_compiling():
             return ops.combine(rows, weights, bias, handle), Event()
@@ -327,8 +326,7 @@ class Buffer:
             CommTimeoutError: a rank did not take part.
         """
         transport = self._transport
-        validate.check_handle(handle, transport)
-        validate.check_rows("rows", rows, transport, handle.num_rows)
+        validate.check_combine(rows, handle, transport)
         validate.check_row_weights(row_weights, rows, handle, transport.config)
         if torch.compiler.is_compiling():
             top_k = transport.config.top_k

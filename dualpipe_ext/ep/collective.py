@@ -67,6 +67,22 @@ class _Announcement:
         return _Announcement(*head, rest[:num_ranks], rest[num_ranks:])
 
 
+def destinations(topk_idx: Tensor, valid: Tensor, num_ranks: int, num_local: int) -> Tensor:
+    """bool [T, R]: which ranks have an expert of which token.
+
+    Args:
+        topk_idx: int64 [T, K], expert ids.
+        valid: bool [T, K], which of them count.
+        num_ranks: R.
+        num_local: experts of a rank.
+    """
+    rank_of = topk_idx.div(num_local, rounding_mode="floor")
+    # Choices that go nowhere mark an extra column.
+    rank_of = torch.where(valid, rank_of, num_ranks)
+    marks = rank_of.new_zeros((topk_idx.shape[0], num_ranks + 1), dtype=torch.bool)
+    return marks.scatter_(1, rank_of, True)[:, :num_ranks]
+
+
 class CollectiveTransport(Transport):
     """See the module. Works on the CPU (gloo) and on CUDA (NCCL), on one rank without a group.
 
@@ -90,7 +106,7 @@ class CollectiveTransport(Transport):
     def route(self, topk_idx: Tensor, options: RouteOptions) -> CollectiveHandle:
         config = self.config
         valid = (topk_idx >= 0) & (topk_idx < config.num_experts)
-        goes_to = self._destinations(topk_idx, valid)
+        goes_to = destinations(topk_idx, valid, config.num_ranks, config.num_local_experts)
         table = self._announce(topk_idx, valid, goes_to, options)
         _check_announcements(table, topk_idx, config, options)
 
@@ -142,15 +158,6 @@ class CollectiveTransport(Transport):
         num_local = self.config.num_local_experts
         local = range(self.config.rank * num_local, (self.config.rank + 1) * num_local)
         return [sum(source.pairs[expert] for source in table) for expert in local]
-
-    def _destinations(self, topk_idx: Tensor, valid: Tensor) -> Tensor:
-        """bool [T, R]: which ranks have an expert of which token."""
-        num_ranks = self.config.num_ranks
-        rank_of = topk_idx.div(self.config.num_local_experts, rounding_mode="floor")
-        # Choices that go nowhere mark an extra column.
-        rank_of = torch.where(valid, rank_of, num_ranks)
-        marks = rank_of.new_zeros((topk_idx.shape[0], num_ranks + 1), dtype=torch.bool)
-        return marks.scatter_(1, rank_of, True)[:, :num_ranks]
 
     def _announce(
         self, topk_idx: Tensor, valid: Tensor, goes_to: Tensor, options: RouteOptions

@@ -123,11 +123,17 @@ def check_layout(layout: str, alignment: int, max_recv_tokens: int | None, zero_
         _expect_int("max_recv_tokens", max_recv_tokens, least=0, most=MAX_ROWS)
 
 
+def check_combine(rows: Tensor, handle: Handle, transport: Transport) -> None:
+    """Check what every combine takes."""
+    check_handle(handle, transport)
+    check_rows("rows", rows, transport, handle.num_rows)
+    _expect_device("rows", rows, handle.counts.device)
+
+
 def check_combine_extras(
     rows: Tensor, handle: Handle, weights: Tensor | None, bias: Tensor | None
 ) -> None:
-    """Check ``weights`` and ``bias`` against rows already checked, and where all of them are."""
-    _expect_device("rows", rows, handle.counts.device)
+    """Check ``weights`` and ``bias`` against rows already checked."""
     if weights is not None:
         if handle.layout == "token":
             raise ValueError(
@@ -146,7 +152,6 @@ def check_row_weights(
     """Check numbers that go back with rows already checked."""
     choices = (config.top_k,) if handle.layout == "token" else ()
     _expect_tensor("row_weights", row_weights, (handle.num_rows, *choices), _NUMBERS)
-    _expect_device("rows", rows, handle.counts.device)
     _expect_device("row_weights", row_weights, rows.device)
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from dualpipe_ext import ep
 from dualpipe_ext.ep import Event, Handle
+from dualpipe_ext.ep.collective import destinations
 from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -148,7 +149,9 @@ class Buffer:
         num_sms = None if self.transport == "copy_engine" else self.num_sms
         options = {"transport": self.transport, "num_sms": num_sms, "timeout_s": self.timeout_s}
         self._buffers = SharedBuffers(
-            "set deep_ep.Buffer.max_tokens to the most there will be", self.max_tokens, options
+            "set deep_ep.Buffer.max_tokens to the most there will be",
+            max_tokens=self.max_tokens,
+            options=options,
         )
         self._of_transport: dict[object, ep.Buffer] = {}
 
@@ -205,17 +208,12 @@ class Buffer:
         _wait(previous_event)
         # Ids out of range are told by dispatch, on every rank.
         valid = (topk_idx >= 0) & (topk_idx < num_experts)
-        chosen = torch.where(valid, topk_idx, num_experts)
-        tokens = topk_idx.shape[0]
+        goes = destinations(topk_idx, valid, self.group_size, num_experts // self.group_size)
+        chosen = torch.where(valid, topk_idx, num_experts).flatten()
         per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
-        ones = torch.ones_like(chosen, dtype=torch.int32)
-        per_expert.scatter_add_(0, chosen.flatten(), ones.flatten())
-        goes = torch.zeros(
-            (tokens, self.group_size + 1), dtype=torch.bool, device=topk_idx.device
-        ).scatter_(1, chosen.div(num_experts // self.group_size, rounding_mode="floor"), True)
-        goes = goes[:, : self.group_size].contiguous()
+        per_expert.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
         per_rank = goes.sum(0, dtype=torch.int32)
-        return per_rank, None, per_expert[:num_experts], goes, self.capture()
+        return per_rank, None, per_expert[:num_experts], goes.contiguous(), self.capture()
 
     def dispatch(
         self,
@@ -330,8 +328,7 @@ class Buffer:
                 )
                 return y, numbers, EventOverlap(event)
             if isinstance(bias, tuple):
-                first, second = bias
-                bias = (first.float() + second.float()).to(first.dtype)
+                bias = bias[0] + bias[1]
             y, event = buffer.combine(x, handle, bias=bias, async_op=async_finish)
         return y, None, EventOverlap(event)
 

@@ -177,7 +177,8 @@ def _check_config(config: Any) -> None:
             )
     backend = config.moe_flex_dispatcher_backend
     if getattr(config, "overlap_moe_expert_parallel_comm", False) and backend != "hybridep":
-        # With DeepEP's the rows that experts get are a copy, whose memory Megatron takes back.
+        # With the other Megatron frees what a dispatch gave: DeepEP's experts have a copy of it,
+        # here it is what they have saved.
         raise ValueError(
             "expected moe_flex_dispatcher_backend='hybridep' with overlap_moe_expert_parallel_comm "
             f"and dualpipe_ext, got {backend!r}"
@@ -221,10 +222,9 @@ def install(
         )
     buffers = SharedBuffers(
         "give megatron.install(max_tokens=) the most there will be",
-        max_tokens,
-        {"transport": transport, "num_sms": num_sms, "timeout_s": timeout_s},
+        max_tokens=max_tokens,
+        options={"transport": transport, "num_sms": num_sms, "timeout_s": timeout_s},
     )
-
     _installed.add(buffers)
 
     def make_manager(**arguments: Any) -> _Manager:

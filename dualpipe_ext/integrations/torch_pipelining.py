@@ -95,9 +95,8 @@ class _Schedule:
         if "rank_mapping" in options:
             raise ValueError("expected no rank_mapping: stages say where they are")
         stages = sorted(stages, key=lambda stage: stage.stage_index)
-        self._check_places(stages)
+        _check_places(self.kind, stages, n_microbatches)
         _check_modules(stages)
-        _check_microbatches(self.kind, stages[0].group_size, n_microbatches)
         self._ends = any(stage.is_last for stage in stages)
         self._begins = any(stage.is_first for stage in stages)
         self._n_microbatches = n_microbatches
@@ -105,24 +104,10 @@ class _Schedule:
         self._scale = 1 / n_microbatches if scale_grads else 1.0
         modules = [stage.submod for stage in stages]
         if self.kind != "1f1b":
-            modules = [defer_weight_grads(module) for module in modules]
+            for module in modules:
+                defer_weight_grads(module)
         self.pipeline = Pipeline(self.kind, modules, stages[0].group, **options)
         """What runs the steps."""
-
-    def _check_places(self, stages: Sequence[PipelineStage]) -> None:
-        """Stages lie where the plan has them."""
-        if not stages:
-            raise ValueError(f"expected stages for {self.kind}, got none")
-        rank, ranks = stages[0].group_rank, stages[0].group_size
-        places = [rank] if self.kind == "1f1b" else [rank, 2 * ranks - 1 - rank]
-        total = len(places) * ranks
-        found = [stage.stage_index for stage in stages]
-        totals = sorted({stage.num_stages for stage in stages})
-        if found != places or totals != [total]:
-            raise ValueError(
-                f"expected stages {places} of {total} on rank {rank} for {self.kind}, got {found} "
-                f"of {', '.join(map(str, totals))}"
-            )
 
     def step(
         self,
@@ -152,30 +137,30 @@ class _Schedule:
         """
         if self._loss_fn is not None and not torch.is_grad_enabled():
             raise RuntimeError("expected step() with gradients, got torch.no_grad(): call eval()")
-        backward = self._loss_fn is not None
-        return self._run(backward, args, target, losses, return_outputs, loss_kwargs, kwargs)
+        return self._run(
+            self._loss_fn is not None,
+            args,
+            target=target,
+            losses=losses,
+            return_outputs=return_outputs,
+            loss_kwargs=loss_kwargs,
+            **kwargs,
+        )
 
-    def eval(
-        self,
-        *args: Tensor,
-        target: Tensor | None = None,
-        losses: list[Tensor] | None = None,
-        return_outputs: bool = True,
-        loss_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """:meth:`step` without backward; losses where there is a target."""
-        return self._run(False, args, target, losses, return_outputs, loss_kwargs, kwargs)
+    def eval(self, *args: Tensor, **how: Any) -> Any:
+        """:meth:`step`, with its arguments, without backward; losses where there is a target."""
+        return self._run(False, args, **how)
 
     def _run(
         self,
         backward: bool,
         args: Sequence[Tensor],
-        target: Tensor | None,
-        losses: list[Tensor] | None,
-        return_outputs: bool,
-        loss_kwargs: dict[str, Any] | None,
-        kwargs: dict[str, Any],
+        *,
+        target: Tensor | None = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         if kwargs:
             raise ValueError(
@@ -216,6 +201,24 @@ def _criterion(
     return criterion
 
 
+def _check_places(kind: str, stages: Sequence[PipelineStage], n_microbatches: int) -> None:
+    """Stages lie where the plan has them, and it can run so many micro-batches."""
+    if not stages:
+        raise ValueError(f"expected stages for {kind}, got none")
+    rank, ranks = stages[0].group_rank, stages[0].group_size
+    try:
+        plan = build_plan(kind, num_ranks=ranks, num_chunks=n_microbatches)
+    except ValueError as error:  # in the name that the caller knows
+        raise ValueError(str(error).replace("num_chunks", "n_microbatches")) from None
+    places, found = list(plan.stages_of(rank)), [stage.stage_index for stage in stages]
+    totals = sorted({stage.num_stages for stage in stages})
+    if found != places or totals != [plan.num_stages]:
+        raise ValueError(
+            f"expected stages {places} of {plan.num_stages} on rank {rank} for {kind}, got {found} "
+            f"of {', '.join(map(str, totals))}"
+        )
+
+
 def _check_modules(stages: Sequence[PipelineStage]) -> None:
     for stage in stages:
         if stage.dw_builder is not None:
@@ -228,14 +231,6 @@ def _check_modules(stages: Sequence[PipelineStage]) -> None:
                 "expected stages that leave gradients to the caller, who reduces them after "
                 f"step(), got {reduces[0]}"
             )
-
-
-def _check_microbatches(kind: str, num_ranks: int, n_microbatches: int) -> None:
-    """Before anything is connected, in the name that the caller knows."""
-    try:
-        build_plan(kind, num_ranks=num_ranks, num_chunks=n_microbatches)
-    except ValueError as error:
-        raise ValueError(str(error).replace("num_chunks", "n_microbatches")) from None
 
 
 class Schedule1F1B(_Schedule):

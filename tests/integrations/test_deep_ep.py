@@ -21,14 +21,11 @@ from torch import Tensor
 from dualpipe_ext.ep import TokenMajor, quantize, reference
 from dualpipe_ext.integrations import deep_ep
 from dualpipe_ext.launch import run_ranks
+from tests.integrations.ranks import device
 
 HIDDEN, EXPERTS, TOP_K, RANKS = 256, 8, 3, 2
 LOCAL = EXPERTS // RANKS
 TOKENS = (10, 7)
-
-
-def device() -> str:
-    return "cpu" if dist.get_backend() == "gloo" else "cuda"
 
 
 def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:

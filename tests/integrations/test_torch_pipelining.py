@@ -20,14 +20,10 @@ from dualpipe_ext.integrations import torch_pipelining as ours
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.pipeline import Phase
 from dualpipe_ext.pipeline.weight_grad import DeferrableLinear
+from tests.integrations.ranks import device
 
 HIDDEN, BATCH, CHUNKS, RANKS = 8, 24, 8, 2
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def device() -> torch.device:
-    gpu = dist.get_backend() != "gloo"
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
 
 class Phased(nn.Module):
