@@ -14,7 +14,7 @@ from types import ModuleType
 
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 
-_TIMEOUT = 1  # ErrorCode::kTimeout of csrc/comm/error_record.h
+_TIMEOUT, _MISMATCH = 1, 2  # ErrorCode of csrc/comm/error_record.h
 
 
 @functools.cache
@@ -62,10 +62,18 @@ def raise_on_failure(record: Mapping[str, int | str] | None, *, timeout_s: float
 
     Raises:
         CommTimeoutError: a wait ended without its peer.
+        ValueError: a peer sends rows of another length.
         DualPipeError: the record carries a code that this version does not know.
     """
     if record is None:
         return
+    if record["code"] == _MISMATCH:
+        raise ValueError(
+            "expected the same dtype, fp8 and weights on all ranks, got {seen} words of a row and "
+            "its numbers at rank {peer}, {expected} at rank {rank} ({phase}, call {epoch})".format(
+                **record
+            )
+        )
     if record["code"] != _TIMEOUT:
         raise DualPipeError(f"expected a known error code from the CUDA core, got {record}")
     raise CommTimeoutError(

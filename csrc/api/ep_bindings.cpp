@@ -18,6 +18,7 @@
 #include "ep/combine.h"
 #include "ep/copy_engine.h"
 #include "ep/dispatch.h"
+#include "ep/low_latency.h"
 #include "ep/route.h"
 
 namespace py = pybind11;
@@ -161,6 +162,31 @@ void combine(const Comm& comm, const std::vector<CombineCall>& calls, const Comb
              Address stream) {
   const auto args = with_calls(comm, calls, plan.ctas, plan.args);
   check_cuda(launch_combine(args, as_stream(stream)), "combine");
+}
+
+// --- few tokens -----------------------------------------------------------------------------
+
+void check_inboxes(const Comm& comm) {
+  const uint64_t slabs = comm.layout.shape.num_slabs;
+  if (slabs < kInboxes) {
+    throw std::invalid_argument("expected " + std::to_string(kInboxes) +
+                                " slabs or more for low-latency calls, got " +
+                                std::to_string(slabs));
+  }
+}
+
+void low_latency_dispatch(const Comm& comm, const std::vector<DispatchCall>& calls,
+                          const DispatchPlan& plan, Address stream) {
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
+  check_inboxes(comm);
+  check_cuda(launch_low_latency_dispatch(args, as_stream(stream)), "low-latency dispatch");
+}
+
+void low_latency_combine(const Comm& comm, const std::vector<CombineCall>& calls,
+                         const CombinePlan& plan, Address stream) {
+  const auto args = with_calls(comm, calls, plan.ctas, plan.args);
+  check_inboxes(comm);
+  check_cuda(launch_low_latency_combine(args, as_stream(stream)), "low-latency combine");
 }
 
 // --- copy engines ---------------------------------------------------------------------------
@@ -398,6 +424,10 @@ void bind_ep(py::module_& m) {
   m.def("dispatch", &dispatch, py::arg("comm"), py::arg("calls"), py::arg("plan"),
         py::arg("stream"));
   m.def("combine", &combine, py::arg("comm"), py::arg("calls"), py::arg("plan"), py::arg("stream"));
+  m.def("low_latency_dispatch", &low_latency_dispatch, py::arg("comm"), py::arg("calls"),
+        py::arg("plan"), py::arg("stream"));
+  m.def("low_latency_combine", &low_latency_combine, py::arg("comm"), py::arg("calls"),
+        py::arg("plan"), py::arg("stream"));
   bind_copies(m);
 }
 

@@ -5,7 +5,11 @@
 
 namespace dualpipe {
 
-enum class ErrorCode : uint32_t { kNone = 0, kTimeout = 1 };
+enum class ErrorCode : uint32_t {
+  kNone = 0,
+  kTimeout = 1,
+  kMismatch = 2,  // a peer's rows are not as long as this rank's
+};
 
 // Where in a protocol a rank was waiting.
 enum class Phase : uint32_t {
@@ -49,8 +53,8 @@ struct ErrorRecord {
   uint32_t rank;      // that gave up
   uint32_t peer;      // it was waiting for
   uint32_t chunk;     // of the transfer; 0 where the phase has none
-  uint32_t expected;  // value of the flag it needed
-  uint32_t seen;      // value it last read
+  uint32_t expected;  // value of the flag it needed; kMismatch: words of its own rows
+  uint32_t seen;      // value it last read; of the peer's
   uint32_t epoch;     // of the call
 };
 

@@ -35,9 +35,10 @@ struct Watchdog {
   __device__ bool expired() const { return ptx::globaltimer_ns() - started_ns >= timeout_ns; }
 
   // The first failure of a rank is the one that is told: later ones follow from it.
-  __device__ void report(WaitSite site, uint32_t expected, uint32_t seen) const {
+  __device__ void report(WaitSite site, uint32_t expected, uint32_t seen,
+                         ErrorCode code = ErrorCode::kTimeout) const {
     if (atomicCAS(&state->abort, 0u, 1u) != 0u) return;
-    find_cause(site, seen);
+    if (code == ErrorCode::kTimeout) find_cause(site, seen);
     record->phase = static_cast<uint32_t>(site.phase);
     record->rank = site.rank;
     record->peer = site.peer;
@@ -45,7 +46,7 @@ struct Watchdog {
     record->expected = expected;
     record->seen = seen;
     record->epoch = site.epoch;
-    ptx::st_release_sys(&record->code, static_cast<uint32_t>(ErrorCode::kTimeout));
+    ptx::st_release_sys(&record->code, static_cast<uint32_t>(code));
   }
 
   // Rows can be late because of a third rank: their sender waits for the permits of all ranks that

@@ -33,6 +33,7 @@
 
 #include "ep/dispatch_receive.cuh"
 #include "ep/dispatch_send.cuh"
+#include "ep/zero_rows.cuh"
 
 namespace dualpipe {
 namespace {

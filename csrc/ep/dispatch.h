@@ -54,7 +54,7 @@ struct DispatchArgs {
   uint32_t in_bytes;      // of a row before, a multiple of 16
   uint32_t out_bytes;     // of a row after
   uint32_t num_scales;    // of a row
-  uint32_t weight_bytes;  // of a number
+  uint32_t weight_bytes;  // of a number of `weights`, 0 without them; alike on all ranks
   Tuning tuning;
   DispatchCall calls[kMaxLocalRanks];
 };

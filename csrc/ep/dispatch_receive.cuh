@@ -1,5 +1,4 @@
-// The warps of a dispatch that take in what the other ranks send, and zero what nobody sends. See
-// dispatch.cu for the protocol.
+// The warps of a dispatch that take in what the other ranks send. See dispatch.cu for the protocol.
 #pragma once
 
 #include <cstdint>
@@ -190,50 +189,6 @@ class ReceiveWork {
   // The run whose rows are being loaded.
   int32_t row_ = 0, row_end_ = 0, shift_ = 0;
   uint32_t offset_ = 0;
-};
-
-// --- rows that nobody sends ----------------------------------------------------------------------
-
-// Zeroes padding and unused rows of the output. Warp `index` of `count`.
-class ZeroRows {
- public:
-  __device__ ZeroRows(const Dispatch& dispatch, uint32_t index, uint32_t count)
-      : d_(dispatch), index_(index), count_(count) {}
-
-  __device__ void run() const {
-    const int64_t num_rows = static_cast<int64_t>(d_.call.num_rows);
-    if (d_.call.expert_layout == 0) return rows(d_.first_row(d_.num_ranks(), d_.me()), num_rows);
-    const uint32_t num_local = d_.per_rank();
-    for (uint32_t e = 0; e < num_local; ++e) {
-      const int64_t start = e == 0 ? 0 : d_.call.offsets[e - 1];
-      rows(start + d_.call.counts[e], d_.call.offsets[e]);
-    }
-    rows(d_.call.offsets[num_local - 1], num_rows);
-  }
-
- private:
-  __device__ void rows(int64_t first, int64_t last) const {
-    for (int64_t row = first + index_; row < last; row += count_) zero(row);
-  }
-
-  __device__ void zero(int64_t row) const {
-    const uint32_t lane = threadIdx.x % 32;
-    uint8_t* out = d_.call.out_rows + row * d_.call.out_pitch;
-    for (uint32_t i = lane; i < d_.args.out_bytes / 16; i += 32) {
-      reinterpret_cast<uint4*>(out)[i] = uint4{};
-    }
-    for (uint32_t i = lane; d_.call.out_scales != nullptr && i < d_.args.num_scales; i += 32) {
-      d_.call.out_scales[row * d_.call.out_scale_pitch + i] = 0.0f;
-    }
-    if (d_.call.out_weights == nullptr) return;
-    const uint32_t each = d_.call.expert_layout != 0 ? 1 : d_.top_k();
-    for (uint32_t i = lane; i < each; i += 32) {
-      d_.copy_weight(d_.call.out_weights, row * each + i, nullptr, 0);
-    }
-  }
-
-  const Dispatch& d_;
-  const uint32_t index_, count_;
 };
 
 }  // namespace dualpipe

@@ -19,18 +19,34 @@ __device__ inline int32_t running_sum(int32_t* numbers, uint32_t count, uint32_t
   return sum;
 }
 
-// Turns `count` numbers in shared memory into their inclusive prefix sums. One whole warp.
-__device__ inline void inclusive_scan_by_warp(int32_t* numbers, uint32_t count) {
+// Inclusive prefix sum over the lanes of a warp.
+__device__ inline int32_t warp_inclusive_scan(int32_t number) {
   const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, number, step);
+    if (lane >= step) number += other;
+  }
+  return number;
+}
+
+// Turns `count` numbers in shared memory into their inclusive prefix sums, for all threads.
+// `warp_sums` is [kWarps], shared, free again when the call returns.
+template <uint32_t kWarps>
+__device__ void block_inclusive_scan(int32_t* numbers, uint32_t count, int32_t* warp_sums) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int32_t before = 0;
-  for (uint32_t i0 = 0; i0 < count; i0 += 32) {
-    int32_t sum = i0 + lane < count ? numbers[i0 + lane] : 0;
-    for (uint32_t step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
+  for (uint32_t i0 = 0; i0 < count; i0 += 32 * kWarps) {
+    const uint32_t i = i0 + threadIdx.x;
+    const int32_t sum = warp_inclusive_scan(i < count ? numbers[i] : 0);
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    int32_t lower = before;
+    for (uint32_t w = 0; w < kWarps; ++w) {
+      lower += w < warp ? warp_sums[w] : 0;
+      before += warp_sums[w];
     }
-    if (i0 + lane < count) numbers[i0 + lane] = before + sum;
-    before += __shfl_sync(~0u, sum, 31);
+    if (i < count) numbers[i] = lower + sum;
+    __syncthreads();
   }
 }
 

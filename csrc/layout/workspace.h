@@ -68,11 +68,18 @@ DUALPIPE_HD constexpr uint32_t max_runs(uint32_t max_tokens) {
   return single > whole ? single : whole;
 }
 
-// A rank's tokens are routed in parts, a CTA each; parts are whole runs.
-inline constexpr uint32_t kRouteParts = 8;
+// A rank's tokens are routed in parts, a CTA each; parts are whole runs. Small batches in fewer:
+// every part of every rank is another set of counts that all jobs add up.
+inline constexpr uint32_t kMostRouteParts = 8;
+inline constexpr uint32_t kPartTokens = 512;  // what the threads of a CTA take at once
 
-DUALPIPE_HD constexpr uint32_t part_tokens(uint32_t num_tokens) {
-  return round_up(ceil_div(num_tokens, kRouteParts), kRunTokens);
+DUALPIPE_HD constexpr uint32_t route_parts(uint64_t max_tokens) {
+  const uint64_t parts = (max_tokens + kPartTokens - 1) / kPartTokens;
+  return parts < 1 ? 1 : parts < kMostRouteParts ? static_cast<uint32_t>(parts) : kMostRouteParts;
+}
+
+DUALPIPE_HD constexpr uint32_t part_tokens(uint32_t num_tokens, uint32_t parts) {
+  return round_up(ceil_div(num_tokens, parts), kRunTokens);
 }
 
 // One row of the counts that ranks exchange: what a part of a rank's tokens needs. The settings of
@@ -126,6 +133,7 @@ struct WorkspaceLayout {
   ControlLayout control;
   Region<int16_t> ids;       // [2, R, T, id_pitch]
   Region<int32_t> counts;    // [2, R, P, count_pitch]
+  uint32_t parts = 0;        // of a rank's tokens, in which they are routed
   uint64_t id_pitch = 0;     // ids of one token, whole 16 bytes
   uint64_t count_pitch = 0;  // numbers of one part
   SlabLayout slab;           // offsets from the start of a slab
@@ -137,13 +145,14 @@ struct WorkspaceLayout {
   }
 };
 
-DUALPIPE_HD constexpr ControlLayout make_control_layout(uint64_t num_ranks, uint64_t runs) {
+DUALPIPE_HD constexpr ControlLayout make_control_layout(uint64_t num_ranks, uint64_t runs,
+                                                        uint64_t parts) {
   Carver carver;
   ControlLayout control;
   control.state = carver.take<ControlState>(1);
   control.barrier_flags = carver.take<FlagLine>(num_ranks);
   control.permits = carver.take<PermitLine>(num_ranks);
-  control.route_flags = carver.take<uint32_t>(num_ranks, kRouteParts);
+  control.route_flags = carver.take<uint32_t>(num_ranks, parts);
   control.run_flags = carver.take<uint32_t>(num_ranks, runs);
   control.runs = runs;
   control.bytes = carver.overflowed() ? 0 : carver.bytes();
@@ -171,8 +180,9 @@ DUALPIPE_HD constexpr SlabLayout make_slab_layout(const WorkspaceShape& shape) {
 DUALPIPE_HD constexpr WorkspaceLayout make_workspace_layout(const WorkspaceShape& shape) {
   WorkspaceLayout layout;
   layout.shape = shape;
-  layout.control =
-      make_control_layout(shape.num_ranks, max_runs(static_cast<uint32_t>(shape.max_tokens)));
+  layout.parts = route_parts(shape.max_tokens);
+  layout.control = make_control_layout(
+      shape.num_ranks, max_runs(static_cast<uint32_t>(shape.max_tokens)), layout.parts);
   layout.slab = make_slab_layout(shape);
   if (layout.control.bytes == 0 || layout.slab.bytes == 0) return layout;
   layout.id_pitch = round_up(static_cast<uint32_t>(shape.top_k), 8);
@@ -180,7 +190,7 @@ DUALPIPE_HD constexpr WorkspaceLayout make_workspace_layout(const WorkspaceShape
   Carver carver;
   carver.take<uint8_t>(layout.control.bytes);
   layout.ids = carver.take<int16_t>(2 * shape.num_ranks, shape.max_tokens, layout.id_pitch);
-  layout.counts = carver.take<int32_t>(2 * shape.num_ranks, kRouteParts, layout.count_pitch);
+  layout.counts = carver.take<int32_t>(2 * shape.num_ranks, layout.parts, layout.count_pitch);
   layout.slabs = carver.take<uint8_t>(shape.num_slabs, layout.slab.bytes);
   layout.bytes = carver.overflowed() ? 0 : carver.bytes();
   return layout;

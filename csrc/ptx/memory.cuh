@@ -38,6 +38,33 @@ __device__ __forceinline__ uint32_t ld_relaxed_sys(const uint32_t* address) {
   return value;
 }
 
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" : : "l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Two such accesses in one instruction; in which order they are made is not said.
+__device__ __forceinline__ void st_relaxed_sys_v2(void* address, const ulonglong2& v) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};"
+               :
+               : "l"(address), "l"(v.x), "l"(v.y)
+               : "memory");
+}
+
+__device__ __forceinline__ ulonglong2 ld_relaxed_sys_v2(const void* address) {
+  ulonglong2 v;
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(v.x), "=l"(v.y)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
 // 16 bytes that this kernel reads once and nobody writes meanwhile: not kept in L1.
 __device__ __forceinline__ uint4 ld_nc_once_v4(const void* address) {
   uint4 v;

@@ -18,13 +18,13 @@ from dualpipe_ext.bench.timing import Call
 from dualpipe_ext.ep import Buffer
 
 # Their kernels move the rows, with as many SMs as they are given.
-_TAKES_SMS = ("nvlink",)
+_TAKES_SMS = ("nvlink", "low_latency")
 _ZERO_COPY = ("nvlink",)
 _NEEDS_PROCESSES = ("collective",)
 # Their cached calls wait for nothing on the host.
-_CAPTURABLE = ("nvlink", "copy_engine")
+_CAPTURABLE = ("nvlink", "copy_engine", "low_latency")
 BASELINES = ("nccl", "gloo")
-TRANSPORTS = ("nvlink", "copy_engine", "collective", *BASELINES)
+TRANSPORTS = ("nvlink", "copy_engine", "low_latency", "collective", *BASELINES)
 
 
 @dataclass(frozen=True, slots=True)

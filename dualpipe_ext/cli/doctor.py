@@ -21,10 +21,11 @@ _GIB = 2**30
 _HOPPER = (9, 0)
 
 # Best first; for the report where torch, and with it the registry of transports, is missing.
-_TRANSPORTS = ("nvlink", "copy_engine", "collective")
+_TRANSPORTS = ("nvlink", "copy_engine", "low_latency", "collective")
 _MOVED_BY = {
     "nvlink": "kernels on some of the SMs",
     "copy_engine": "copy engines (num_sms=0 asks for them)",
+    "low_latency": "kernels for some hundred tokens; to be asked for by name",
 }
 
 

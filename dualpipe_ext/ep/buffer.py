@@ -97,6 +97,7 @@ class Buffer:
         )
         validate.check_config(self.config)
         self._transport = create_transport(transport, self.config)
+        self._kernels = switching.kernels_of(self._transport)
         self._ticket = make_ticket(self._transport)
         # Others that have been in use, by name.
         self._others: dict[str, Transport] = {}
@@ -119,10 +120,10 @@ class Buffer:
         """
         if self.num_sms is None:
             return f"transport {self.transport!r} takes no SMs of its own"
-        name = switching.transport_for(num_sms).name
-        if name == self.transport or name in self._others:
+        kind = switching.transport_for(num_sms, self._kernels)
+        if kind.name == self.transport or kind.name in self._others:
             return None
-        return switching.obstacle(num_sms, self.config)
+        return switching.obstacle(kind, num_sms, self.config)
 
     def use_sms(self, num_sms: int) -> None:
         """Carry rows with so many SMs from now on, by the copy engines with 0.
@@ -140,7 +141,7 @@ class Buffer:
         reason = self.cannot_use_sms(num_sms)
         if reason is not None:
             raise ValueError(f"expected num_sms that can be used here, got {num_sms}: {reason}")
-        kind = switching.transport_for(num_sms)
+        kind = switching.transport_for(num_sms, self._kernels)
         if kind.name != self.transport:
             # Made first: if it cannot be, everything stays as it was.
             other = self._others.get(kind.name) or kind(switching.config_for(num_sms, self.config))

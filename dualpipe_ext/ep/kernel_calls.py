@@ -140,7 +140,7 @@ def dispatch_sizes(source: DispatchInput) -> dict[str, Any]:
         "in_bytes": source.in_bytes,
         "out_bytes": source.out_bytes,
         "num_scales": source.num_scales,
-        "weight_bytes": 4 if source.weights is None else source.weights.element_size(),
+        "weight_bytes": 0 if source.weights is None else source.weights.element_size(),
     }
 
 
@@ -224,5 +224,5 @@ def combine_sizes(source: CombineInput, handle: PeerHandle) -> dict[str, Any]:
         "row_type": str(source.rows.dtype).removeprefix("torch."),
         "expert_layout": handle.layout == "expert",
         "row_bytes": source.row_bytes,
-        "weight_bytes": 4 if source.row_weights is None else source.row_weights.element_size(),
+        "weight_bytes": 0 if source.row_weights is None else source.row_weights.element_size(),
     }

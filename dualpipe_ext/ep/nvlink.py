@@ -61,7 +61,7 @@ class NVLinkTransport(PeerTransport):
         def act(items: list[tuple[Any, bool]]) -> None:
             calls, stay = zip(*items, strict=True)
             plan = self._dispatch_plan(source, handle, all(stay))
-            self.core.dispatch(self.comm, calls, plan, current_stream())
+            self._launch_dispatch(calls, plan, current_stream())
 
         call = kernel_calls.dispatch_call(self, source, handle, output)
         self.together(
@@ -87,13 +87,19 @@ class NVLinkTransport(PeerTransport):
         def act(items: list[tuple[Any, bool]]) -> None:
             calls, weighted = zip(*items, strict=True)
             plan = self._combine_plan(source, handle, any(weighted))
-            self.core.combine(self.comm, calls, plan, current_stream())
+            self._launch_combine(calls, plan, current_stream())
 
         call = kernel_calls.combine_call(self, source, handle, output)
         self.together(
             (call, weights is not None), act, lambda: kernel_calls.combine_sizes(source, handle)
         )
         return output.y, output.token_weights
+
+    def _launch_dispatch(self, calls: tuple[Any, ...], plan: Any, stream: int) -> None:
+        self.core.dispatch(self.comm, calls, plan, stream)
+
+    def _launch_combine(self, calls: tuple[Any, ...], plan: Any, stream: int) -> None:
+        self.core.combine(self.comm, calls, plan, stream)
 
     # --- what calls of a kind have in common, made once; all rows have the Buffer's hidden --------
 

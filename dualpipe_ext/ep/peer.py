@@ -169,13 +169,17 @@ class PeerTransport(Transport):
         # all have been.
         torch.cuda.synchronize()
         memory.meet(self.config)
-        self._memory.own[: self._layout.control_bytes].zero_()
+        self._clear_memory()
         torch.cuda.synchronize()
         if self._record == 0:
             self._channel.clear()
         for report in (_UNWATCHED, _WATCHED):
             self._reports.take_fault(report)
         memory.meet(self.config)
+
+    def _clear_memory(self) -> None:
+        """What a new call may find in this rank's memory."""
+        self._memory.own[: self._layout.control_bytes].zero_()
 
     # --- launching ---------------------------------------------------------------------------
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dualpipe_ext import env
 from dualpipe_ext.ep.collective import CollectiveTransport
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
+from dualpipe_ext.ep.low_latency import LowLatencyTransport
 from dualpipe_ext.ep.nvlink import NVLinkTransport
 from dualpipe_ext.ep.transport import Transport, TransportConfig
 
-# Best first: "auto" takes the first that is available.
+# Best first: "auto" takes the first that is available. So never the one for few tokens, which is
+# there only where one before it is.
 _TRANSPORTS: tuple[type[Transport], ...] = (
     NVLinkTransport,
     CopyEngineTransport,
+    LowLatencyTransport,
     CollectiveTransport,
 )
 

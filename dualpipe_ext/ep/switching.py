@@ -1,8 +1,8 @@
 """From one number of communication SMs to another, and with it from one transport to another.
 
 What belongs here: which transport a number means, and whether all ranks can make it. 0 SMs are the
-copy engines, any other number is that of the kernels over NVLink. Transports share no memory, so a
-handle stays with the one that made it.
+copy engines, any other number is that of the kernels over NVLink: those for few tokens, if the
+Buffer was made with them. Transports share no memory, so a handle stays with the one that made it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import torch.distributed as dist
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.nvlink import NVLinkTransport
 from dualpipe_ext.ep.peer import PeerTransport
-from dualpipe_ext.ep.transport import TransportConfig
+from dualpipe_ext.ep.transport import Transport, TransportConfig
 
 # Of a GPU's memory, left free beside a second transport: what a step needs may still grow.
 _SPARE = 0.05
 
 
-def transport_for(num_sms: int) -> type[PeerTransport]:
+def kernels_of(transport: Transport) -> type[NVLinkTransport]:
+    """The kernels that a Buffer made with this transport has whenever it takes SMs."""
+    return type(transport) if isinstance(transport, NVLinkTransport) else NVLinkTransport
+
+
+def transport_for(num_sms: int, kernels: type[NVLinkTransport]) -> type[PeerTransport]:
     """The transport that takes so many SMs."""
-    return NVLinkTransport if num_sms else CopyEngineTransport
+    return kernels if num_sms else CopyEngineTransport
 
 
 def config_for(num_sms: int, config: TransportConfig) -> TransportConfig:
@@ -32,12 +37,12 @@ def config_for(num_sms: int, config: TransportConfig) -> TransportConfig:
     return replace(config, num_sms=num_sms or None)
 
 
-def obstacle(num_sms: int, config: TransportConfig) -> str | None:
+def obstacle(kind: type[PeerTransport], num_sms: int, config: TransportConfig) -> str | None:
     """Why the ranks cannot make that transport now, in one line; None if they can.
 
     Called on all ranks, which get the same answer.
     """
-    kind, config = transport_for(num_sms), config_for(num_sms, config)
+    config = config_for(num_sms, config)
     reason = kind.unavailable(config)
     if reason is not None:
         return reason

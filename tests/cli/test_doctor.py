@@ -55,7 +55,8 @@ def test_json(capsys, monkeypatch):
     monkeypatch.setenv("DUALPIPE_TRACEBACK", "0")
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [t["name"] for t in found["transports"]] == ["nvlink", "copy_engine", "collective"]
+    names = [t["name"] for t in found["transports"]]
+    assert names == ["nvlink", "copy_engine", "low_latency", "collective"]
     assert found["environment"]["DUALPIPE_TRACEBACK"] == "0"
 
 
@@ -64,7 +65,7 @@ def test_bare_machine(monkeypatch):
     monkeypatch.setattr(doctor.nvml, "query", lambda: None)
     found = doctor.collect()
     assert found["gpus"] == []
-    assert [t["usable"] for t in found["transports"]] == [False, False, True]
+    assert [t["usable"] for t in found["transports"]] == [False, False, False, True]
     text = rendered(found)
     assert "no compiled CUDA core (it was not built)" in text
     assert "missing: it was not built" in text

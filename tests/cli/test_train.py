@@ -179,8 +179,9 @@ def test_the_environments_transport_is_checked_before_any_rank_starts(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DUALPIPE_TRANSPORT", "pigeon")
     assert main(["train"]) == 2
-    assert "expected transport to be one of auto, nvlink, copy_engine, collective, got" in (
-        capsys.readouterr().err
+    assert (
+        "expected transport to be one of auto, nvlink, copy_engine, low_latency, collective, got"
+        in (capsys.readouterr().err)
     )
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,7 @@
 #include "ep/combine.h"
 #include "ep/copy_engine.h"
 #include "ep/dispatch.h"
+#include "ep/low_latency.h"
 #include "ep/route.h"
 #include "eplb/planner.h"
 
@@ -184,9 +185,9 @@ py::list take_launches() {
   for (const Launch& launch : launches) {
     if (launch.kernel == "route") {
       found.append(describe_route(launch));
-    } else if (launch.kernel.rfind("dispatch", 0) == 0) {
+    } else if (launch.kernel.find("dispatch") != std::string::npos) {
       found.append(describe_dispatch(launch));
-    } else if (launch.kernel.rfind("combine", 0) == 0) {
+    } else if (launch.kernel.find("combine") != std::string::npos) {
       found.append(describe_combine(launch));
     } else if (launch.kernel == "push") {
       found.append(describe_push(launch));
@@ -231,6 +232,12 @@ cudaError_t carry_dispatch(const CopyLanes&, DispatchArgs args, const std::vecto
 }
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
   return noted("combine", args, stream);
+}
+cudaError_t launch_low_latency_dispatch(const DispatchArgs& args, cudaStream_t stream) {
+  return noted("low_latency_dispatch", args, stream);
+}
+cudaError_t launch_low_latency_combine(const CombineArgs& args, cudaStream_t stream) {
+  return noted("low_latency_combine", args, stream);
 }
 cudaError_t carry_combine(const CopyLanes&, CombineArgs args, const std::vector<CopyCall>&,
                           const CopyShape&, bool, cudaStream_t stream) {

@@ -48,3 +48,24 @@ def test_inline_assembly_lives_in_ptx_and_orders_memory(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
 def test_files_are_rooms(path):
     assert len(path.read_text().splitlines()) < 500
+
+
+CHAINED = [p for p in SOURCES if p.suffix == ".cu" and "comm/chained_launch.cuh" in p.read_text()]
+
+
+def included_by(path: Path) -> set[Path]:
+    """The file and all that it includes of csrc/, however deep."""
+    found, left = set(), [path]
+    while left:
+        found.add(one := left.pop())
+        names = re.findall(r'#include "([^"]+)"', one.read_text())
+        left += [CSRC / name for name in names if CSRC / name not in found]
+    return found
+
+
+@pytest.mark.parametrize("path", CHAINED, ids=lambda p: str(p.relative_to(CSRC)))
+def test_kernels_that_start_early_read_nothing_early(path):
+    """A compiler may move __ldg ahead of the wait for the kernels before."""
+    assert len(included_by(path)) > 5
+    for one in included_by(path):
+        assert "__ldg(" not in one.read_text(), one

@@ -21,7 +21,7 @@ static_assert(kLayout.slab.rows.bytes() == uint64_t{8} * 4096 * 14336);
 static_assert(kLayout.slab.scales.bytes() == 0);
 static_assert(kLayout.slab.weights.bytes() == 8 * 4096 * 8 * 4);
 // Twice, by turns; every part of every rank has its tokens for each rank and for each expert.
-static_assert(kLayout.counts.count == 2 * 8 * kRouteParts * (RouteCounts::kHeader + 8 + 256));
+static_assert(kLayout.counts.count == 2 * 8 * kMostRouteParts * (RouteCounts::kHeader + 8 + 256));
 static_assert(kLayout.ids.count == 2 * 8 * 4096 * 8);
 
 struct Span {
@@ -88,11 +88,15 @@ void more_than_4_gib_keeps_all_bits() {
 void runs_and_parts_cover_all_tokens() {
   for (const uint32_t tokens : {0u, 1u, 3u, 128u, 1024u, 1025u, 4096u, 100003u}) {
     CHECK(ceil_div(tokens, run_tokens(tokens)) <= max_runs(tokens < 1 ? 1 : tokens));
-    CHECK(part_tokens(tokens) * kRouteParts >= tokens);
-    CHECK(part_tokens(tokens) % kRunTokens == 0);
+    for (const uint32_t parts : {1u, 3u, kMostRouteParts}) {
+      CHECK(part_tokens(tokens, parts) * parts >= tokens);
+      CHECK(part_tokens(tokens, parts) % kRunTokens == 0);
+    }
   }
   // Fewer tokens than there is room for never make more runs.
   CHECK(max_runs(4096) >= 1024);
+  CHECK(route_parts(1) == 1 && route_parts(512) == 1 && route_parts(513) == 2);
+  CHECK(route_parts(4096) == kMostRouteParts && route_parts(1u << 31) == kMostRouteParts);
 }
 
 void arrays_of_a_handle_follow_each_other() {

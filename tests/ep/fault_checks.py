@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dualpipe_ext.ep import Buffer
+from dualpipe_ext.ep import Buffer, Handle
 from dualpipe_ext.errors import CommTimeoutError
 from tests.ep.cases import Case, make_case
 from tests.ep.rank_checks import LAYOUTS, raises, round_trip_equals_reference
@@ -135,12 +135,42 @@ def slow_sender_then_reset(ranks: Ranks) -> None:
         ranks.barrier()
         if buffer.transport == "copy_engine" and what != "dispatch":
             # One launch packs for all virtual ranks, and the copies of all come after it: nobody
-            # waits while one of them is late.
-            assert message is None, f"{what}: {message}"
+            # waits while one of them is late, unless all have to begin together.
+            if message is not None:
+                assert buffer._transport.begin_together, f"{what}: {message}"
+                assert ranks.last or f"for rank {ranks.num_ranks - 1} " in message, what
         elif not ranks.last:
             _expect_named(ranks, message, VIRTUAL_SHORT_S, what)
         elif message is not None:
             assert f"for rank {ranks.rank} " not in message, f"{what}: {message}"
+        _works_again(ranks, buffer, case, what)
+
+
+def other_rows_are_refused_everywhere(ranks: Ranks) -> None:
+    """The last rank sends rows of another length, or without weights; a reset helps."""
+    case = make_case("uneven", ranks.num_ranks, tokens=6, hidden=128, dtype=torch.bfloat16)
+    buffer = ranks.make_buffer(case, timeout_s=10.0)
+    x, idx, weights = ranks.inputs(case)
+    others: dict[str, Callable[[Handle], object]] = {
+        "FP8": lambda handle: buffer.dispatch(x, topk_weights=weights, handle=handle, fp8=True),
+        "no weights": lambda handle: buffer.dispatch(x, handle=handle),
+    }
+    for what, other in others.items():
+        _, handle = buffer.dispatch(x, idx, weights)
+        ranks.synchronize()
+        begin = time.monotonic()
+        if ranks.last:
+            other(handle)
+        else:
+            buffer.dispatch(x, topk_weights=weights, handle=handle)
+        torch.cuda.synchronize()
+        assert time.monotonic() - begin < 5, f"{what}: found by its time-out"
+        message = raises(ValueError, buffer.check)
+        assert message.startswith("expected the same dtype, fp8 and weights on all ranks"), message
+        last = ranks.num_ranks - 1
+        assert f"at rank {ranks.rank}" in message, f"{what}: {message}"
+        assert ranks.last or f"at rank {last}" in message, f"{what}: {message}"
+        assert raises(ValueError, buffer.dispatch, x, idx, weights) == message, what
         _works_again(ranks, buffer, case, what)
 
 

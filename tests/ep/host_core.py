@@ -116,6 +116,12 @@ def _allocate(num_bytes: int, config: Ranks) -> memory.PeerMemory:
     return memory.PeerMemory(own, [one.data_ptr() for one in everyone], everyone, None)
 
 
+def _meet(config: Ranks) -> None:
+    """The other ranks of a group need not be there."""
+    if config.local is not None:
+        config.local.gather(None)
+
+
 class _Stream:
     """The one stream there is."""
 
@@ -131,7 +137,7 @@ def host_core() -> Iterator[ModuleType]:
     stream, device = _Stream(), SimpleNamespace(multi_processor_count=132)
     # Functions, not mocks: those would cost more than what is measured.
     ours = {"module": lambda: stand_in}
-    shared = {"allocate": _allocate, "unavailable": lambda config: None}
+    shared = {"allocate": _allocate, "unavailable": lambda config: None, "meet": _meet}
     cuda = {
         "current_stream": lambda: stream,
         "get_device_properties": lambda of: device,

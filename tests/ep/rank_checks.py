@@ -179,6 +179,46 @@ def fp8_equals_reference(ranks: Ranks) -> None:
             expect_same_tensor(passed.scales, want.scales, f"{what} from quantised input, scales")
 
 
+def numbers_of_any_bits(ranks: Ranks) -> None:
+    """Rows and weights with numbers that have all bits set, alone and next to each other: they come
+    as NaN, every other number with its own bits. An empty inbox of "low_latency" looks like them.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        case = make_case("uneven", ranks.num_ranks, dtype=dtype, hidden=128, tokens=6)
+        for rank, numbers in itertools.product(
+            range(ranks.num_ranks), (case.xs, case.topk_weights)
+        ):
+            bits = numbers[rank].view(torch.uint8)
+            for row, wide in enumerate((1, 2, 4, 8, 16, 10_000)):
+                bits[row, -wide * numbers[rank].element_size() :] = 0xFF
+        buffer = ranks.make_buffer(case)
+        x, idx, weights = ranks.inputs(case)
+        for how in LAYOUTS:
+            what = f"{dtype} {how}"
+            want = received(ranks, case, **how)[ranks.rank]
+            recv, handle = buffer.dispatch(x, idx, weights, **how)
+            _expect_same_numbers(recv.tokens, want.tokens, what)
+            name = "weights" if how["layout"] == "expert" else "topk_weights"
+            got_weights = getattr(recv, name)
+            _expect_same_numbers(got_weights, getattr(want, name), f"{what}: {name}")
+            y, numbers, _ = buffer.combine_with_weights(recv.tokens, got_weights, handle)
+            there = (idx >= 0).any(1, keepdim=True)
+            assert torch.equal(y.isnan(), x.isnan() & there), f"{what}: sums"
+            _expect_same_numbers(numbers, weights.where(idx >= 0, 0), f"{what}: they come back")
+            if dtype == torch.bfloat16:
+                values = x.view(torch.uint8)[:, -128:].view(torch.float8_e4m3fn)
+                passed, _ = buffer.dispatch((values, weights[:, -1:]), handle=handle, fp8=True)
+                again, _ = buffer.dispatch(values.float().bfloat16(), handle=handle)
+                _expect_same_numbers(passed.tokens, again.tokens, f"{what}: FP8")
+
+
+def _expect_same_numbers(got: Tensor, want: Tensor, what: str) -> None:
+    """Any NaN is as good as another."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    expect_same_tensor(got.isnan(), want.isnan(), f"{what}, where NaN")
+    expect_same_tensor(got.nan_to_num(), want.nan_to_num(), what)
+
+
 def static_output(ranks: Ranks) -> None:
     """``max_recv_tokens``: a fixed number of rows, also more than could ever arrive."""
     case = make_case("uneven", ranks.num_ranks)

@@ -245,6 +245,8 @@ NVLINK = Environment("nvlink", "cuda", "cpu:gloo,cuda:nccl")
 COPY_ENGINE = Environment("copy_engine", "cuda", "cpu:gloo,cuda:nccl")
 NVLINK_VIRTUAL = Environment("nvlink", "cuda", None)
 COPY_ENGINE_VIRTUAL = Environment("copy_engine", "cuda", None)
+LOW_LATENCY = Environment("low_latency", "cuda", "cpu:gloo,cuda:nccl")
+LOW_LATENCY_VIRTUAL = Environment("low_latency", "cuda", None)
 # What only large segments do otherwise: as many parts as there can be.
 COPY_ENGINE_PARTS = replace(COPY_ENGINE, part_ends=(1, 2, 3, 4, 5, 6, 7, 8))
 COPY_ENGINE_PARTS_VIRTUAL = replace(COPY_ENGINE_VIRTUAL, part_ends=(1, 2, 3, 4, 5, 6, 7, 8))

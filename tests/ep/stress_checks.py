@@ -106,6 +106,14 @@ SIZES = (
     Size("every rank full", tokens=13, buffer={"max_tokens": 13}),
     Size("every rank full, one expert", kind="one_expert", tokens=33, buffer={"max_tokens": 33}),
     Size("many tokens", tokens=150, top_k=2, buffer={"max_tokens": 151}),
+    Size(
+        "routed in parts",
+        hidden=8,
+        tokens=1100,
+        top_k=9,
+        experts_per_rank=8,
+        buffer={"max_tokens": 1100},
+    ),
 )
 
 

@@ -127,9 +127,9 @@ def test_a_cached_handle_serves_calls_of_any_kind(
     _, handle = buffer.dispatch(x, idx, weights)
     given = quantize(x)
     calls = [
-        ({"x": x}, (0, 2 * H, 2 * H, 0, 4)),
-        ({"x": x, "fp8": True}, (1, 2 * H, H, 2, 4)),
-        ({"x": x, "fp8": True, "pow2_scales": True}, (2, 2 * H, H, 2, 4)),
+        ({"x": x}, (0, 2 * H, 2 * H, 0, 0)),
+        ({"x": x, "fp8": True}, (1, 2 * H, H, 2, 0)),
+        ({"x": x, "fp8": True, "pow2_scales": True}, (2, 2 * H, H, 2, 0)),
         ({"x": tuple(given), "fp8": True, "topk_weights": weights}, (0, H, H, 2, 4)),
         ({"x": x.half(), "topk_weights": weights}, (0, 2 * H, 2 * H, 0, 4)),
     ]
@@ -144,6 +144,35 @@ def test_a_cached_handle_serves_calls_of_any_kind(
             assert told["out_scales"] == recv.scales.data_ptr()
             assert told["out_scale_pitch"] == 2
         assert recv.tokens.element_size() * H == told["out_bytes"]
+
+
+def test_few_tokens_have_kernels_of_their_own(launches: ModuleType, inputs: tuple) -> None:
+    x, idx, weights = inputs
+    with host_core.as_rank(1, RANKS):
+        buffer = make_buffer("low_latency")
+    transport = buffer._transport
+    layout = transport._layout
+    # Two inboxes, which hold nothing yet, and no other slabs; flags are as they are elsewhere.
+    assert layout.bytes == layout.slab_offset(0) + 2 * layout.slab_bytes
+    memory = transport._memory.own
+    assert (memory[layout.slab_offset(0) :] == 0xFF).all()
+    assert not memory[: layout.slab_offset(0)].any()
+    launches.take_launches()
+    recv, handle = buffer.dispatch(x, idx, weights, zero_copy=True)
+    buffer.combine(recv.tokens, handle)
+    route, dispatch, combine = launches.take_launches()
+    assert route["kernel"] == "route"
+    assert dispatch["kernel"] == "low_latency_dispatch"
+    assert combine["kernel"] == "low_latency_combine"
+    assert dispatch["keep_in_slab"] == 0
+    assert dispatch["weight_bytes"] == 4
+    assert combine["weight_bytes"] == 0
+    expect_arrays(dispatch, handle)
+    # A reset empties the inboxes, whatever has been left there.
+    memory.fill_(3)
+    buffer.reset()
+    assert (memory[layout.slab_offset(0) :] == 0xFF).all()
+    assert not memory[: layout.control_bytes].any()
 
 
 def test_float64_and_its_numbers(launches: ModuleType, inputs: tuple) -> None:

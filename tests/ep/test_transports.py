@@ -24,6 +24,8 @@ from tests.ep.ranks import (
     COPY_ENGINE_PARTS_VIRTUAL,
     COPY_ENGINE_VIRTUAL,
     GLOO,
+    LOW_LATENCY,
+    LOW_LATENCY_VIRTUAL,
     NCCL,
     NVLINK,
     NVLINK_VIRTUAL,
@@ -39,6 +41,8 @@ ENVIRONMENTS = {
     "copy_engine": (COPY_ENGINE, (MULTI_GPU,), (1, 2, 3, 4, 8)),
     "nvlink-virtual": (NVLINK_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
     "copy_engine-virtual": (COPY_ENGINE_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
+    "low_latency": (LOW_LATENCY, (MULTI_GPU,), (1, 2, 3, 4, 8)),
+    "low_latency-virtual": (LOW_LATENCY_VIRTUAL, (GPU,), (1, 2, 3, 4, 8)),
     "copy_engine-parts": (COPY_ENGINE_PARTS, (MULTI_GPU,), (2, 4)),
     "copy_engine-parts-virtual": (COPY_ENGINE_PARTS_VIRTUAL, (GPU,), (1, 2, 4)),
 }
@@ -56,8 +60,9 @@ def on(
     return pytest.mark.parametrize(("environment", "num_ranks"), params)
 
 
-GPU_TRANSPORTS = ("nvlink", "copy_engine", "nvlink-virtual", "copy_engine-virtual")
-PROCESSES = ("collective-gloo", "collective-nccl", "nvlink", "copy_engine")
+VIRTUAL = ("nvlink-virtual", "copy_engine-virtual", "low_latency-virtual")
+GPU_TRANSPORTS = ("nvlink", "copy_engine", "low_latency", *VIRTUAL)
+PROCESSES = ("collective-gloo", "collective-nccl", "nvlink", "copy_engine", "low_latency")
 
 
 @on()
@@ -67,6 +72,7 @@ def test_forward(environment: Environment, num_ranks: int) -> None:
         rank_checks.forward_equals_reference,
         rank_checks.combine_is_within_rounding,
         rank_checks.fp8_equals_reference,
+        rank_checks.numbers_of_any_bits,
         rank_checks.static_output,
         rank_checks.strided_inputs,
         rank_checks.same_bits_every_time,
@@ -101,7 +107,7 @@ def test_gradients(environment: Environment, num_ranks: int) -> None:
     )
 
 
-@on(*GPU_TRANSPORTS)
+@on("nvlink", "copy_engine", "nvlink-virtual", "copy_engine-virtual")
 def test_zero_copy(environment: Environment, num_ranks: int) -> None:
     environment.run(
         num_ranks,
@@ -121,7 +127,7 @@ def test_other_numbers_of_sms(environment: Environment, num_ranks: int) -> None:
     )
 
 
-@on("collective-gloo", "collective-nccl", num_ranks=2)
+@on("collective-gloo", "collective-nccl", "low_latency", "low_latency-virtual", num_ranks=2)
 def test_zero_copy_without_slabs(environment: Environment, num_ranks: int) -> None:
     environment.run(
         num_ranks, zero_copy_checks.zero_copy_equals_reference, zero_copy_checks.slabs_come_and_go
@@ -133,11 +139,7 @@ def test_many_calls_with_changing_routing(environment: Environment, num_ranks: i
     environment.run(num_ranks, stress_checks.many_calls)
 
 
-@on(
-    *("nvlink", "copy_engine", "copy_engine-parts"),
-    *("nvlink-virtual", "copy_engine-virtual", "copy_engine-parts-virtual"),
-    num_ranks=2,
-)
+@on(*GPU_TRANSPORTS, "copy_engine-parts", "copy_engine-parts-virtual", num_ranks=2)
 def test_calls_in_a_row_with_delays(environment: Environment, num_ranks: int) -> None:
     environment.run(num_ranks, stress_checks.calls_in_a_row_with_delays)
 

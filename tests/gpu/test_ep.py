@@ -20,19 +20,26 @@ from tests.ep.expected import Routes, rank_sum, rows_at
 from tests.ep.ranks import (
     COPY_ENGINE_PARTS_VIRTUAL,
     COPY_ENGINE_VIRTUAL,
+    LOW_LATENCY_VIRTUAL,
     NVLINK_VIRTUAL,
     Environment,
     Ranks,
 )
 
-both = pytest.mark.parametrize(
-    "environment", [NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL], ids=["nvlink", "copy_engine"]
-)
-all_ways = pytest.mark.parametrize(
-    "environment",
-    [NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL, COPY_ENGINE_PARTS_VIRTUAL],
-    ids=["nvlink", "copy_engine", "copy_engine-parts"],
-)
+_IDS = {
+    NVLINK_VIRTUAL: "nvlink",
+    COPY_ENGINE_VIRTUAL: "copy_engine",
+    LOW_LATENCY_VIRTUAL: "low_latency",
+    COPY_ENGINE_PARTS_VIRTUAL: "copy_engine-parts",
+}
+
+
+def _in(*environments: Environment) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("environment", environments, ids=_IDS.get)
+
+
+every = _in(NVLINK_VIRTUAL, COPY_ENGINE_VIRTUAL, LOW_LATENCY_VIRTUAL)
+all_ways = _in(*_IDS)
 GIB = 2**30
 
 
@@ -80,20 +87,25 @@ def test_a_slow_link_takes_rows_aside(environment: Environment) -> None:
     environment.run(2, _rows_also_go_aside)
 
 
-@both
+@every
 def test_a_slow_sender_is_named_and_a_reset_helps(environment: Environment) -> None:
     environment.run(4, fault_checks.slow_sender_then_reset)
 
 
-@both
+@every
 def test_a_stall_within_the_time_out_is_no_error(environment: Environment) -> None:
     environment.run(3, fault_checks.stalled_rank)
 
 
 @pytest.mark.parametrize(
     ("environment", "num_ranks"),
-    [(NVLINK_VIRTUAL, 4), (COPY_ENGINE_VIRTUAL, 2), (COPY_ENGINE_PARTS_VIRTUAL, 2)],
-    ids=["nvlink", "copy_engine", "copy_engine-parts"],
+    [
+        (NVLINK_VIRTUAL, 4),
+        (COPY_ENGINE_VIRTUAL, 2),
+        (LOW_LATENCY_VIRTUAL, 4),
+        (COPY_ENGINE_PARTS_VIRTUAL, 2),
+    ],
+    ids=list(_IDS.values()),
 )
 def test_10_000_calls(environment: Environment, num_ranks: int) -> None:
     environment.run(num_ranks, stress_checks.thousands_of_calls, timeout_s=200)
@@ -109,8 +121,9 @@ def few_and_many_sms(ranks: Ranks) -> None:
             )
 
 
-def test_few_and_many_sms() -> None:
-    NVLINK_VIRTUAL.run(2, few_and_many_sms)
+@_in(NVLINK_VIRTUAL, LOW_LATENCY_VIRTUAL)
+def test_few_and_many_sms(environment: Environment) -> None:
+    environment.run(2, few_and_many_sms)
 
 
 # --- memory of asynchronous calls ----------------------------------------------------------------
@@ -206,7 +219,7 @@ def size_of_a_model(ranks: Ranks) -> None:
             assert torch.equal(y, (x.float() * factors).bfloat16()), f"{what} combine"
 
 
-@both
+@every
 def test_size_of_a_model(environment: Environment) -> None:
     environment.run(2, size_of_a_model)
 
@@ -238,7 +251,7 @@ def more_than_2_to_31_elements(ranks: Ranks) -> None:
         del rows, y, handle
 
 
-@both
+@every
 def test_more_than_2_to_31_elements(environment: Environment) -> None:
     gc.collect()
     torch.cuda.empty_cache()

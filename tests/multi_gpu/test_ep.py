@@ -14,12 +14,12 @@ import torch
 
 from dualpipe_ext.errors import WorkerFailedError
 from tests.ep import fault_checks, graph_checks, stress_checks
-from tests.ep.ranks import COPY_ENGINE, COPY_ENGINE_PARTS, NVLINK, Environment
+from tests.ep.ranks import COPY_ENGINE, COPY_ENGINE_PARTS, LOW_LATENCY, NVLINK, Environment
 
 all_ways = pytest.mark.parametrize(
     "environment",
-    [NVLINK, COPY_ENGINE, COPY_ENGINE_PARTS],
-    ids=["nvlink", "copy_engine", "copy_engine-parts"],
+    [NVLINK, COPY_ENGINE, LOW_LATENCY, COPY_ENGINE_PARTS],
+    ids=["nvlink", "copy_engine", "low_latency", "copy_engine-parts"],
 )
 
 
@@ -30,6 +30,11 @@ def _num_ranks(most: int) -> int:
 @all_ways
 def test_an_absent_rank_is_named_and_a_reset_helps(environment: Environment) -> None:
     environment.run(_num_ranks(4), fault_checks.absent_rank_then_reset)
+
+
+def test_rows_of_another_length_are_refused() -> None:
+    """The other transports would take bytes that were never sent for a row."""
+    LOW_LATENCY.run(_num_ranks(4), fault_checks.other_rows_are_refused_everywhere)
 
 
 @all_ways

@@ -70,7 +70,7 @@ class Arguments:
     transports: Annotated[
         str | None,
         typer.Option(
-            help="Of nvlink, copy_engine, collective, nccl, gloo. "
+            help="Of nvlink, copy_engine, low_latency, collective, nccl, gloo. "
             f"[default: {_TRANSPORTS['cuda']}; on a CPU {_TRANSPORTS['cpu']}]",
             rich_help_panel=WHAT,
             show_default=False,
@@ -79,7 +79,7 @@ class Arguments:
     sms: Annotated[
         str | None,
         typer.Option(
-            help=f"SM counts for nvlink and a plain push. [default: {_SMS}; quick: {_QUICK_SMS}]",
+            help=f"SM counts for kernels and a plain push. [default: {_SMS}; quick: {_QUICK_SMS}]",
             rich_help_panel=WHAT,
             show_default=False,
         ),

@@ -140,7 +140,10 @@ def test_no_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--transports", "nvlink,ib"], "--transports of nvlink, copy_engine, collective, nccl"),
+        (
+            ["--transports", "nvlink,ib"],
+            "--transports of nvlink, copy_engine, low_latency, collective",
+        ),
         (["--transports", ","], "got ','"),
         (["--what", "gather"], "--what of dispatch, combine, dispatch-bf16-buffer"),
         (["--sms", "8,many"], "--sms as integers separated by commas, got '8,many'"),

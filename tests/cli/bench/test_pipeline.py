@@ -56,7 +56,7 @@ def test_nothing_measured_is_exit_code_1(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--transports", "mail"], "--transports of nvlink, copy_engine, collective, got 'mail'"),
+        (["--transports", "mail"], "copy_engine, low_latency, collective, got 'mail'"),
         (["--dtype", "int8"], "--dtype of float64, float32, bfloat16, got 'int8'"),
         (["--picture", "x.png"], "--device cuda for --picture, got cpu"),
         (["--graphs"], "--device cuda for --graphs, got cpu"),

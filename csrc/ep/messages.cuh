@@ -1,0 +1,170 @@
+// Rows that tell of their own arrival: no flag follows them, so nobody waits for a flag.
+//
+// Every bit of an empty inbox is set. A sender stores words of 4 or 8 bytes, each at once; a
+// receiver looks at a word until it has another value, and empties it. A word of a row that has all
+// bits set, which is NaN in every type that rows have, is sent as NaN of the other sign.
+//
+// Words are relaxed accesses at system scope: each is seen whole, and none says anything of
+// another. What orders the emptying of a word and its next use is said in low_latency_dispatch.cu.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/wait.cuh"
+#include "ep/scan.cuh"
+#include "ep/transfer.cuh"
+#include "ptx/memory.cuh"
+
+namespace dualpipe {
+
+// Of uint32_t or uint64_t.
+template <class Word>
+inline constexpr Word kEmpty = ~Word{0};
+
+template <class Word>
+__device__ __forceinline__ Word sealed(Word word) {
+  return word == kEmpty<Word> ? kEmpty<Word> >> 1 : word;
+}
+
+template <class Word>
+__device__ __forceinline__ void send_word(Word* to, Word word) {
+  ptx::st_relaxed_sys(to, sealed(word));
+}
+
+// 16 bytes of a row are two words, on either side: as wide as the widest number of a row.
+__device__ __forceinline__ ulonglong2 as_words(const uint4& unit) {
+  return {unit.x | uint64_t{unit.y} << 32, unit.z | uint64_t{unit.w} << 32};
+}
+
+__device__ __forceinline__ uint4 as_unit(const ulonglong2& v) {
+  return {uint32_t(v.x), uint32_t(v.x >> 32), uint32_t(v.y), uint32_t(v.y >> 32)};
+}
+
+__device__ __forceinline__ void send_unit(uint8_t* to, const uint4& unit) {
+  const ulonglong2 v = as_words(unit);
+  ptx::st_relaxed_sys_v2(to, {sealed(uint64_t{v.x}), sealed(uint64_t{v.y})});
+}
+
+__device__ __forceinline__ bool has_come(const uint4& unit) {
+  return (unit.x & unit.y) != kEmpty<uint32_t> && (unit.z & unit.w) != kEmpty<uint32_t>;
+}
+
+// Units of 16 bytes of a row that one lane has to do with: number `first`, `first + 32`, ...
+struct LaneUnits {
+  uint32_t first;
+  uint32_t end;  // of the row
+
+  __device__ uint32_t at(uint32_t j) const { return first + 32 * j; }
+  __device__ bool has(uint32_t j) const { return at(j) < end; }
+};
+
+// Waits for the lane's units of those rows that are not null, and empties them; units of the others
+// keep their values. Called by a whole warp; false, for all lanes, if the rank has failed.
+// `site(i)` tells what was waited for, if it was row i.
+template <uint32_t kRows, uint32_t kUnits, class Site>
+__device__ __forceinline__ bool take_units(uint8_t* const (&rows)[kRows], const LaneUnits& lane,
+                                           uint4 (&units)[kRows][kUnits], const Watchdog& watchdog,
+                                           Site site) {
+  const auto each = [&](auto visit) {
+#pragma unroll
+    for (uint32_t i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (uint32_t j = 0; j < kUnits; ++j) {
+        if (rows[i] != nullptr && lane.has(j)) visit(i, rows[i] + 16 * lane.at(j), units[i][j]);
+      }
+    }
+  };
+  each([](uint32_t, uint8_t* at, uint4& unit) { unit = as_unit(ptx::ld_relaxed_sys_v2(at)); });
+  bool come = true;
+  for (uint32_t polls = 1;; ++polls) {
+    uint32_t missing = 0;
+    each([&](uint32_t i, uint8_t*, const uint4& unit) { missing |= has_come(unit) ? 0 : 1u << i; });
+    if (missing == 0) break;
+    if (polls % kPollsPerCheck == 0 && watchdog.gives_up(site(__ffs(missing) - 1), 1, 0)) {
+      come = false;
+      break;
+    }
+    each([](uint32_t, uint8_t* at, uint4& unit) {
+      if (!has_come(unit)) unit = as_unit(ptx::ld_relaxed_sys_v2(at));
+    });
+  }
+  if (__all_sync(~0u, come) == 0) return false;
+  each([](uint32_t, uint8_t* at, uint4&) {
+    ptx::st_relaxed_sys_v2(at, {kEmpty<uint64_t>, kEmpty<uint64_t>});
+  });
+  return true;
+}
+
+// The same for a word.
+template <class Word, class Site>
+__device__ __forceinline__ bool take_word(Word* at, Word* word, const Watchdog& watchdog,
+                                          Site site) {
+  *word = 0;
+  bool come = true;
+  for (uint32_t polls = 1; at != nullptr; ++polls) {
+    *word = ptx::ld_relaxed_sys(at);
+    if (*word != kEmpty<Word>) break;
+    if (polls % kPollsPerCheck == 0 && watchdog.gives_up(site(), 1, 0)) {
+      come = false;
+      break;
+    }
+  }
+  if (__all_sync(~0u, come) == 0) return false;
+  if (at != nullptr) ptx::st_relaxed_sys(at, kEmpty<Word>);
+  return true;
+}
+
+// What a hello says: which call it is for, and how many words a message of that call has. A peer
+// can already be in the next call, where messages are of another length.
+__device__ __forceinline__ uint32_t hello(uint32_t epoch, uint32_t words) {
+  return (epoch & 0xff) << 24 | words;
+}
+
+// Waits until every peer is in this call, and sees that its messages are as long as this rank takes
+// them to be: or one would wait for what the other never sends. One warp.
+template <class Args, class Call>
+__device__ void await_hellos(const Transfer<Args, Call>& call, Phase phase, uint32_t words) {
+  const uint32_t own = hello(call.epoch, words);
+  call.wait_for_permits(
+      phase, [](uint32_t) { return true; },
+      [&](uint32_t from, uint32_t theirs) {
+        if (theirs >> 24 != own >> 24 || theirs == own) return;
+        const WaitSite site{phase, call.me(), from, 0, call.epoch};
+        call.watchdog.report(site, words, theirs & 0xffffff, ErrorCode::kMismatch);
+      });
+}
+
+// Rows of this rank in token layout, by the rank that their tokens come from. A warp's: lane l
+// holds what ranks l and l + 32 send.
+class RowsBySource {
+ public:
+  // `matrix` is [R, R], tokens that rank s sends to rank d.
+  __device__ RowsBySource(const int32_t* matrix, uint32_t num_ranks, uint32_t me) {
+    int32_t before = 0;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t source = threadIdx.x % 32 + 32 * half;
+      const int32_t rows = source < num_ranks ? matrix[source * num_ranks + me] : 0;
+      ends_[half] = before + warp_inclusive_scan(rows);
+      before = __shfl_sync(~0u, ends_[half], 31);
+    }
+    total_ = before;
+  }
+
+  __device__ uint32_t total() const { return total_; }
+  __device__ uint32_t first(uint32_t source) const { return source == 0 ? 0 : end(source - 1); }
+  __device__ uint32_t end(uint32_t source) const {
+    return __shfl_sync(~0u, source < 32 ? ends_[0] : ends_[1], source % 32);
+  }
+  // Whose token has row `row`, which is less than the total.
+  __device__ uint32_t source(uint32_t row) const {
+    return __popc(__ballot_sync(~0u, uint32_t(ends_[0]) <= row)) +
+           __popc(__ballot_sync(~0u, uint32_t(ends_[1]) <= row));
+  }
+
+ private:
+  int32_t ends_[2];  // row behind the last of each, in the order of the sources
+  uint32_t total_;
+};
+
+}  // namespace dualpipe
