@@ -368,6 +368,49 @@ def _megatron_of(rows: Sequence[Row]) -> str:
     )
 
 
+def decode() -> str:
+    """Steps of a decoder; by ranks."""
+    sizes = ("ranks", "hidden", "experts", "top_k")
+    rows = rows_of("decode", (*sizes, "tokens", "layout", "transport", "num_sms"))
+    return "\n".join(_decode_of(group) for group in _by(rows, *sizes))
+
+
+def _decode_of(rows: Sequence[Row]) -> str:
+    """With as many SMs as there are rows of; a step and, in brackets, its two parts."""
+    first = rows[0]
+    most = max((row["num_sms"] for row in rows), key=int)
+    steps = {
+        (row["tokens"], row["layout"], row["transport"]): row
+        for row in rows
+        if row["num_sms"] == most
+    }
+
+    def times(transport: str) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            found = steps.get((row["tokens"], row["layout"], transport))
+            if found is None:
+                return ""
+            parts = [f"{float(found[f'{part}_us_p50']):.1f}" for part in ("dispatch", "combine")]
+            return f"{float(found['step_us_p50']):.1f} ({' + '.join(parts)})"
+
+        return cell
+
+    columns = {
+        f"us a step, {first['ranks']} GPUs": lambda row: (
+            f"{row['tokens']} tokens, by {row['layout']}"
+        ),
+        **{name: times(name) for name in dict.fromkeys(row["transport"] for row in rows)},
+    }
+    leading = [row for row in steps.values() if row["transport"] == first["transport"]]
+    return (
+        f"{markdown(leading, columns)}\n"
+        f"*A step in a CUDA graph (routing and dispatch to FP8 + combine BF16), on {most} SMs; "
+        f"tokens of a rank x {first['hidden']}, {first['experts']} experts, "
+        f"top-{first['top_k']}, random routing; {first['calls']} steps in a graph, medians, "
+        f"slowest rank. On {source(rows)}*\n"
+    )
+
+
 _SLOW_LINKS = {
     "": "",
     "calls": ", every call {:.0f} times",
@@ -382,6 +425,7 @@ TABLES = {
     "steps": steps,
     "memory": memory,
     "megatron": megatron,
+    "decode": decode,
 }
 
 

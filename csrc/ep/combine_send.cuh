@@ -13,13 +13,15 @@
 
 namespace dualpipe {
 
-// Rows that one flag announces.
-inline constexpr uint32_t kChunkRows = kRunTokens;
-
 // What all warps of a CTA know.
 struct Combine : Transfer<CombineArgs, CombineCall> {
   const int32_t* first_rows;  // [R] first row at rank r of what this rank sent there; shared
 
+  // Rows that one flag announces, on all ranks: in a Buffer for few tokens every row, or few warps
+  // would do all the work.
+  __device__ uint32_t chunk_rows() const { return run_tokens(max_tokens()); }
+  // The chunk of row `i` of a segment.
+  __device__ uint32_t chunk_of(uint32_t i) const { return chunk_rows() == 1 ? i : i / kRunTokens; }
   // Row `i` of what rank `from` has sent: every rank has a segment of its own.
   __device__ uint64_t segment_row(uint32_t from, uint32_t i) const {
     return uint64_t{from} * layout().shape.max_tokens + i;
@@ -56,7 +58,7 @@ class ChunkCursor {
       const uint32_t rows = c.sent(s, c.me());
       most = max(most, last_row(rows) - first_row(rows));
     }
-    end_ = ceil_div(most, kChunkRows) * (c.num_ranks() - 1);
+    end_ = c.chunk_of(most + c.chunk_rows() - 1) * (c.num_ranks() - 1);
   }
 
   // Goes to the next chunk; false if there is none.
@@ -68,9 +70,9 @@ class ChunkCursor {
       const uint32_t index = next / others;
       const uint32_t source = (c_.me() + 1 + next % others) % c_.num_ranks();
       const uint32_t rows = c_.sent(source, c_.me());
-      const uint32_t first = first_row(rows) + index * kChunkRows, last = last_row(rows);
+      const uint32_t first = first_row(rows) + index * c_.chunk_rows(), last = last_row(rows);
       if (first >= last) continue;
-      *chunk = {source, index, first, min(first + kChunkRows, last),
+      *chunk = {source, index, first, min(first + c_.chunk_rows(), last),
                 uint64_t(c_.first_row(source, c_.me()))};
       return true;
     }
@@ -191,7 +193,7 @@ class CopyChunks {
 
   __device__ __forceinline__ void store(Ring& ring, uint32_t stage) {
     const CombineNumbers at = CombineNumbers::in(ring.extra(stage));
-    const Announced chunk{at.source, at.row / kChunkRows};
+    const Announced chunk{at.source, c_.chunk_of(at.row)};
     if (chunk != current_) begin_chunk(chunk);
     if (failed_) return;
     if (steps_of_chunk_ == kStepsBeforeFlag) announce_previous();

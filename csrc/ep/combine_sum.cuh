@@ -225,7 +225,7 @@ class TokenSums {
         const uint32_t votes = __ballot_sync(~0u, there);
         if (there) {
           const uint32_t i = own ? 0 : slot - c_.first_rows[r];
-          if (!own) arrived = arrived && wait_for(r, i / kChunkRows);
+          if (!own) arrived = arrived && wait_for(r, c_.chunk_of(i));
           sources_[count + __popc(votes & lanes_below(lane_))] = {
               own ? c_.input_row(slot) : c_.slab_row(slab_, c_.segment_row(r, i)), 1};
         }
