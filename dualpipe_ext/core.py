@@ -62,17 +62,16 @@ def raise_on_failure(record: Mapping[str, int | str] | None, *, timeout_s: float
 
     Raises:
         CommTimeoutError: a wait ended without its peer.
-        ValueError: a peer sends rows of another length.
+        ValueError: a peer sends other messages than this rank takes.
         DualPipeError: the record carries a code that this version does not know.
     """
     if record is None:
         return
     if record["code"] == _MISMATCH:
         raise ValueError(
-            "expected the same dtype, fp8 and weights on all ranks, got {seen} words of a row and "
-            "its numbers at rank {peer}, {expected} at rank {rank} ({phase}, call {epoch})".format(
-                **record
-            )
+            "expected the same call, dtype, fp8 and weights on all ranks, got "
+            f"{_message(record['seen'])} at rank {record['peer']}, {_message(record['expected'])} "
+            f"at rank {record['rank']} (call {record['epoch']}); reset() makes the buffer usable"
         )
     if record["code"] != _TIMEOUT:
         raise DualPipeError(f"expected a known error code from the CUDA core, got {record}")
@@ -82,3 +81,12 @@ def raise_on_failure(record: Mapping[str, int | str] | None, *, timeout_s: float
             timeout_s=timeout_s, **record
         )
     )
+
+
+def _message(bits: int) -> str:
+    """What ``hello`` in csrc/ep/messages.cuh tells of."""
+    call = "a combine" if bits >> 19 & 1 else "a dispatch"
+    numbers = ", scales" if bits >> 16 & 1 else ""
+    if weight_words := bits >> 17 & 3:
+        numbers += f", numbers of {4 * weight_words} bytes"
+    return f"{call} with rows of {16 * (bits & 0xFFFF)} bytes{numbers}"

@@ -1,25 +1,17 @@
 // Kernels that follow each other closely: the next one is brought onto the SMs while the one before
-// ends, and waits there until that one's results may be read. Between two small kernels that saves
-// 2 to 4 us (measured: a route and a dispatch of 128 tokens).
+// ends (once that one waits for no peer any more, see finish_epoch), and waits there until its
+// results may be read.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "ptx/grid.cuh"
-
 namespace dualpipe {
 
-// The first thing in a kernel that is launched by launch_chained: nothing before it may read or
-// write what another kernel does. Such a kernel has no __ldg, which a compiler may take out of here
-// as it reads what never changes. All CTAs of the next kernel may be resident then, and wait here,
-// but only once all of this one are.
-__device__ __forceinline__ void await_earlier_kernels() {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-}
-
+// Such a kernel begins with ptx::griddepcontrol_wait: nothing before that may read or write what
+// another kernel does. It has no load that takes memory for constant, __ldg or ld.nc: earlier
+// kernels may write while it is on the SMs, and a compiler may move such a load ahead.
 template <class Args>
 cudaError_t launch_chained(void (*kernel)(Args), uint32_t ctas, uint32_t threads,
                            uint32_t shared_bytes, cudaStream_t stream, const Args& args) {

@@ -8,7 +8,7 @@ namespace dualpipe {
 enum class ErrorCode : uint32_t {
   kNone = 0,
   kTimeout = 1,
-  kMismatch = 2,  // a peer's rows are not as long as this rank's
+  kMismatch = 2,  // a peer sends other messages than this rank takes
 };
 
 // Where in a protocol a rank was waiting.
@@ -19,8 +19,10 @@ enum class Phase : uint32_t {
   kDispatchRows = 4,    // for rows of a peer
   kCombinePermit = 5,
   kCombineRows = 6,
-  kSendRoom = 7,   // of a stage-to-stage send: for the receiver to have read what lies there
-  kSendPiece = 8,  // for a piece of it
+  kSendRoom = 7,       // of a stage-to-stage send: for the receiver to have read what lies there
+  kSendPiece = 8,      // for a piece of it
+  kDispatchHello = 9,  // low latency: for a peer to be in the call
+  kCombineHello = 10,
 };
 
 constexpr const char* phase_name(Phase phase) {
@@ -41,6 +43,10 @@ constexpr const char* phase_name(Phase phase) {
       return "send (room)";
     case Phase::kSendPiece:
       return "send (piece)";
+    case Phase::kDispatchHello:
+      return "dispatch (hello)";
+    case Phase::kCombineHello:
+      return "combine (hello)";
   }
   return "unknown";
 }
@@ -53,8 +59,8 @@ struct ErrorRecord {
   uint32_t rank;      // that gave up
   uint32_t peer;      // it was waiting for
   uint32_t chunk;     // of the transfer; 0 where the phase has none
-  uint32_t expected;  // value of the flag it needed; kMismatch: words of its own rows
-  uint32_t seen;      // value it last read; of the peer's
+  uint32_t expected;  // value of the flag it needed; kMismatch: its own message, see hello()
+  uint32_t seen;      // value it last read; the peer's message
   uint32_t epoch;     // of the call
 };
 

@@ -7,6 +7,7 @@
 #include "comm/launch_args.h"
 #include "comm/wait.cuh"
 #include "layout/workspace.h"
+#include "ptx/grid.cuh"
 
 namespace dualpipe {
 
@@ -32,10 +33,16 @@ __device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local,
 
 // Called by all threads of every CTA as the last thing: the last CTA of the rank counts `*epoch`
 // on (null: the transfer has further kernels) and makes the queues full again. All CTAs have read
-// the epoch and taken their work before they come here, and the next kernel of the stream starts
-// after the last one, so nobody reads what changes. `epoch` and the ticket are the rank's own.
+// the epoch and taken their work before they come here, and the next kernel of the stream reads
+// only when the last one has ended, so nobody reads what changes. `epoch` and the ticket are the
+// rank's own.
+//
+// From here on the next kernel may come onto the SMs, if it was launched for that
+// (chained_launch.cuh). Not earlier: beside a kernel that still waits for a peer it would take SMs
+// that the peer's partner in another kernel needs.
 __device__ inline void finish_epoch(ControlState* state, uint32_t* epoch, uint32_t ctas) {
   __syncthreads();
+  ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x != 0) return;
   if (atomicAdd(&state->ticket, 1u) + 1 != ctas) return;
   state->ticket = 0;

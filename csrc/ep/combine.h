@@ -38,7 +38,7 @@ struct CombineArgs {
   LaunchArgs launch;
   RowType type;
   uint32_t expert_layout;  // 1: rows are in the expert layout
-  uint32_t weighted;       // 1: with factors, on all ranks of the launch
+  uint32_t weighted;       // 1: with factors, on some rank of the launch
   uint32_t row_bytes;
   uint32_t weight_bytes;  // of a number of row_weights, 0 without them; alike on all ranks
   Tuning tuning;          // the receive warps are those that reduce; they have no stages

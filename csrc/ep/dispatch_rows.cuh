@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "ep/dispatch.h"
-#include "ep/quantize.cuh"
+#include "ep/fp8.cuh"
 #include "ep/ring.cuh"
 #include "ep/scan.cuh"
 #include "ep/transfer.cuh"

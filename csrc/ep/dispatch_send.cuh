@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ep/dispatch_rows.cuh"
+#include "ep/quantize.cuh"
 
 namespace dualpipe {
 

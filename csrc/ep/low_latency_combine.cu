@@ -1,4 +1,4 @@
-// Combine of few tokens: one pass, and no wait but for the rows themselves.
+// Combine of few tokens: one pass, in which rows wait for nothing.
 //
 //   every warp   1. row, or sum of expert rows ------> inbox of the token's rank     pieces
 //                2. inbox + own rows [+ bias]  ------> y                             pieces
@@ -10,6 +10,7 @@
 #include "ep/combine_send.cuh"
 #include "ep/low_latency.h"
 #include "ep/messages.cuh"
+#include "ptx/grid.cuh"
 
 namespace dualpipe {
 namespace {
@@ -74,7 +75,7 @@ class PieceWork {
 #pragma unroll
     for (uint32_t j = 0; j < kUnits; ++j) {
       const bool there = c_.call.bias != nullptr && units.has(j);
-      if (there) bias[j] = ptx::ld_nc_once_v4(c_.call.bias + at + 16 * units.at(j));
+      if (there) bias[j] = ptx::ld_once_v4(c_.call.bias + at + 16 * units.at(j));
     }
     Sums<Row> total;
     if (!sum_over_ranks(units, slots, from, total)) return false;
@@ -152,7 +153,7 @@ class PieceWork {
       const uint8_t* in = c_.input_row(min(uint64_t{row}, c_.call.num_rows - 1));
 #pragma unroll
       for (uint32_t j = 0; j < kUnits; ++j) {
-        if (units.has(j)) v[j] = ptx::ld_nc_once_v4(in + 16 * units.at(j));
+        if (units.has(j)) v[j] = ptx::ld_once_v4(in + 16 * units.at(j));
       }
     }
   }
@@ -160,7 +161,8 @@ class PieceWork {
   __device__ void sum_of_experts(uint32_t row, const LaneUnits& units, uint4 (&v)[kUnits]) const {
     const int32_t place = place_of(row);
     typename Row::Sum factor = 1;
-    if (kWeighted && place >= 0) {
+    // Of the virtual ranks of a launch, some may have factors and others none.
+    if (kWeighted && place >= 0 && c_.call.weights != nullptr) {
       factor = static_cast<const typename Row::Sum*>(c_.call.weights)[place];
     }
     Sums<Row> total;
@@ -270,8 +272,8 @@ __device__ void run(const Combine& c, const RowsBySource& rows, uint32_t warp, u
                     bool greets) {
   const PieceWork<Row, kExpert, kWeighted> work(c, rows);
   const uint32_t own = rows.first(c.me()), own_rows = rows.end(c.me()) - own;
-  const uint32_t words = (c.args.row_bytes + c.top_k() * c.args.weight_bytes) / 4;
-  if (greets) c.send_permits(hello(c.epoch, words));
+  const uint32_t greeting = hello(c.epoch, true, c.args.row_bytes, false, c.args.weight_bytes);
+  if (greets) c.send_permits(greeting);
   delay(c.call.send_delay_ns);
   const uint32_t sends = (rows.total() - own_rows) * work.count();
   uint32_t item = warp;
@@ -280,7 +282,7 @@ __device__ void run(const Combine& c, const RowsBySource& rows, uint32_t warp, u
     if (row >= own) row += own_rows;
     work.send(row, item % work.count(), rows.source(row));
   }
-  if (greets) await_hellos(c, Phase::kCombinePermit, words);
+  if (greets) await_hellos(c, Phase::kCombineHello, greeting);
   delay(c.call.receive_delay_ns);
   for (item -= sends; item < c.call.num_tokens * work.count(); item += warps) {
     if (!work.sum(item / work.count(), item % work.count())) return;
@@ -291,7 +293,7 @@ template <class Row, bool kExpert, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_combine_kernel(const __grid_constant__ CombineArgs args) {
   __shared__ int32_t first_rows[kMaxRanks];
-  await_earlier_kernels();
+  ptx::griddepcontrol_wait();
   const Place place = Place::here(args.launch);
   const CombineCall& call = args.calls[place.local];
   const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);

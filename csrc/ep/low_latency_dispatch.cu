@@ -1,4 +1,4 @@
-// Dispatch of few tokens: one pass, and no wait but for the rows themselves.
+// Dispatch of few tokens: one pass, in which rows wait for nothing.
 //
 //   every warp   1. x [-> FP8] ------> inbox of a peer      pieces of this rank's rows
 //                              ------> output                   (those that stay)
@@ -12,7 +12,8 @@
 // words, one way across the link after they were read. Two inboxes take turns. In call n
 //   words   sender to receiver, into inbox n % 2; the receiver empties what it has taken
 //   hello   to every rank: "I am in call n": an epoch, released when the kernel starts
-// and a rank ends call n only when it has the hello of every other.
+// and a rank ends call n only when it has the hello of every other, also of those that send it
+// nothing. That has come by the time that rows have.
 //
 // Why an inbox is empty when it is written to. Rank b writes to a's inbox in call n + 2. Its call
 // n + 1 ended with a's hello of n + 1, which a released after its own call n, at whose end the
@@ -29,6 +30,7 @@
 #include "ep/dispatch_rows.cuh"
 #include "ep/messages.cuh"
 #include "ep/zero_rows.cuh"
+#include "ptx/grid.cuh"
 
 namespace dualpipe {
 namespace {
@@ -133,7 +135,7 @@ __device__ Sent<kPayload> read_piece(const uint8_t* row, uint32_t piece, uint32_
 #pragma unroll
   for (uint32_t i = 0; i < kSendUnits; ++i) {
     const uint32_t unit = first + 32 * i + lane;
-    v[i] = unit < units ? ptx::ld_nc_once_v4(row + 16 * unit) : uint4{};
+    v[i] = unit < units ? ptx::ld_once_v4(row + 16 * unit) : uint4{};
   }
   Piece sent;
   if constexpr (!Piece::kQuantizes) {
@@ -339,14 +341,10 @@ __device__ void take_all(const Dispatch& d, const RowsBySource& rows, const Piec
   }
 }
 
-__device__ uint32_t message_words(const Dispatch& d) {
-  return d.args.out_bytes / 4 + d.args.num_scales + d.top_k() * d.args.weight_bytes / 4;
-}
-
 template <Payload kPayload>
 __global__ void __launch_bounds__(kThreads, 1)
     low_latency_dispatch_kernel(const __grid_constant__ DispatchArgs args) {
-  await_earlier_kernels();
+  ptx::griddepcontrol_wait();
   const Place place = Place::here(args.launch);
   const DispatchCall& call = args.calls[place.local];
   const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);
@@ -356,7 +354,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t ctas = args.launch.ctas, warps = kThreads / 32 * ctas;
   const uint32_t warp = threadIdx.x / 32 * ctas + place.cta;
   const bool greets = warp == warps - 1;
-  if (greets) d.send_permits(hello(d.epoch, message_words(d)));
+  const uint32_t greeting =
+      hello(d.epoch, false, args.out_bytes, args.num_scales != 0, args.weight_bytes);
+  if (greets) d.send_permits(greeting);
 
   const bool weighs = args.weight_bytes != 0;  // its tensor has no address where it is empty
   const Pieces sent{args.in_bytes / 16, kSendUnits, weighs || call.x_scales != nullptr ? 1u : 0u};
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   delay(call.send_delay_ns);
   uint32_t item = warp;
   for (; item < sends; item += warps) send<kPayload>(d, sent, item);
-  if (greets) await_hellos(d, Phase::kDispatchPermit, message_words(d));
+  if (greets) await_hellos(d, Phase::kDispatchHello, greeting);
   ZeroRows(d, warp, warps).run();
   delay(call.receive_delay_ns);
   take_all(d, rows, taken, item - sends, warps);

@@ -19,6 +19,7 @@
 #include "comm/launch.cuh"
 #include "ep/route.h"
 #include "ep/route_jobs.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 
 namespace dualpipe {
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int32_t warp_sums[kWarps];
   __shared__ int32_t token_row[kThreads];
   __shared__ unsigned long long arriving[kMaxRanks];
-  await_earlier_kernels();
+  ptx::griddepcontrol_wait();
   const Place place = Place::here(args.launch);
   const RouteCall& call = args.calls[place.local];
   const Watchdog watchdog = make_watchdog(args.launch, place.local, call.rank);
@@ -222,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   delay(call.delay_ns);
   for (uint32_t p = place.cta; p < r.parts(); p += ctas) push_part(r, p, shared, epoch);
   if (!wait_for_all(r, epoch, watchdog)) return;
+  ptx::griddepcontrol_launch_dependents();
 
   const ReceiveScratch scratch{shared, shared + r.num_local, token_row, warp_sums};
   const uint32_t receives = r.all_parts();

@@ -15,7 +15,7 @@ inline constexpr uint32_t kMostChoices = 32;
 // 3a. Rows of the tokens of part `part` at each rank: those of lower ranks and of earlier parts
 // come first. `next` and `first` are [R], `in_warp` [kRouteWarps, R]; all shared.
 __device__ inline void send_job(const Router& r, uint32_t part, int32_t* next, int32_t* first,
-                         int32_t* in_warp) {
+                                int32_t* in_warp) {
   const uint32_t num_ranks = r.num_ranks();
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < num_ranks) {
@@ -46,7 +46,8 @@ __device__ inline void send_job(const Router& r, uint32_t part, int32_t* next, i
     }
     __syncthreads();
     if (threadIdx.x < num_ranks) {
-      next[threadIdx.x] = running_sum(in_warp + threadIdx.x, kRouteWarps, num_ranks, next[threadIdx.x]);
+      next[threadIdx.x] =
+          running_sum(in_warp + threadIdx.x, kRouteWarps, num_ranks, next[threadIdx.x]);
     }
     __syncthreads();
     for (uint32_t to = 0; to < num_ranks; ++to) {
@@ -65,15 +66,16 @@ __device__ inline void send_job(const Router& r, uint32_t part, int32_t* next, i
 
 // Shared memory of a receive job.
 struct ReceiveScratch {
-  int32_t* next;       // [G]          row that the next choice of each expert gets
-  int32_t* per_warp;   // [kRouteWarps, G]  what each warp of a tile has of each; first the group ends
+  int32_t* next;  // [G]          row that the next choice of each expert gets
+  int32_t*
+      per_warp;  // [kRouteWarps, G]  what each warp of a tile has of each; first the group ends
   int32_t* token_row;  // [kRouteThreads]   row of each token of the tile, -1 for none
   int32_t* warp_sums;  // [kRouteWarps]
 };
 
 // The same where a token names an expert twice.
-__device__ inline void place_tile_with_repeats(const Router& r, const ReceiveScratch& s, const int16_t* ids,
-                           uint32_t num_tokens) {
+__device__ inline void place_tile_with_repeats(const Router& r, const ReceiveScratch& s,
+                                               const int16_t* ids, uint32_t num_tokens) {
   const uint32_t num_local = r.num_local, top_k = r.top_k();
   const int32_t first = r.me * num_local;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -114,7 +116,7 @@ __device__ inline void place_tile_with_repeats(const Router& r, const ReceiveScr
 // thread each: a token's place in an expert's group is the number of those before it that have
 // chosen the expert. Of its warp they are bits of a mask.
 __device__ inline void place_tile(const Router& r, const ReceiveScratch& s, const int16_t* ids,
-                           uint32_t num_tokens) {
+                                  uint32_t num_tokens) {
   const uint32_t num_local = r.num_local, pitch = r.id_pitch();
   const uint32_t first = r.me * num_local;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -190,7 +192,7 @@ __device__ inline void place_tile(const Router& r, const ReceiveScratch& s, cons
 // Expert layout: where each local expert's group starts for what (source, part) sends, in `next`
 // [G], shared. The CTA that asks for the very first part also writes counts and offsets.
 __device__ inline void expert_starts(const Router& r, uint32_t source, uint32_t part, int32_t* next,
-                              int32_t* ends, int32_t* warp_sums) {
+                                     int32_t* ends, int32_t* warp_sums) {
   const uint32_t num_local = r.num_local, first = r.me * num_local;
   const uint32_t here = r.index(source, part);
   for (uint32_t e = threadIdx.x; e < num_local; e += kRouteThreads) {
@@ -236,7 +238,7 @@ __device__ inline void write_local_ids(const Router& r, const int16_t* ids, int3
 
 // 3b. What part `part` of rank `source` sends to this rank.
 __device__ inline void receive_job(const Router& r, uint32_t source, uint32_t part,
-                            const ReceiveScratch& s) {
+                                   const ReceiveScratch& s) {
   const uint32_t num_local = r.num_local, first = r.me * num_local, pitch = r.id_pitch();
   const uint32_t num_tokens = r.setting(source, RouteCounts::kTokens);
   const uint64_t max_starts = r.launch.layout.control.runs + 1;

@@ -48,7 +48,7 @@ struct Router {
   const LaunchArgs& launch;
   const RouteCall& call;
   const uint32_t me;
-  const uint32_t turn;  // which of the two exchanged arrays
+  const uint32_t turn;       // which of the two exchanged arrays
   const uint32_t num_local;  // experts of a rank
   const SmallDivider by_local;
 

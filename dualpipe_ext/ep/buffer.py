@@ -179,13 +179,15 @@ class Buffer:
         Raises:
             CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.
             ValueError: a dispatch with ``max_recv_tokens`` had ids out of range (those choices
-                were dropped) or more rows than that (the rest was dropped).
+                were dropped) or more rows than that (the rest was dropped). With "low_latency"
+                also: a rank made another call, or sent other rows; see :meth:`reset` too.
         """
         for transport in self._transports:
             transport.check()
 
     def reset(self) -> None:
-        """Make the buffer usable again after a ``CommTimeoutError``; called on all ranks.
+        """Make the buffer usable again after a ``CommTimeoutError``, or where an error says so;
+        called on all ranks.
 
         Handles and outputs of calls since the last clean :meth:`check` may be incomplete: drop
         them.

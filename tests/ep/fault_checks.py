@@ -147,13 +147,14 @@ def slow_sender_then_reset(ranks: Ranks) -> None:
 
 
 def other_rows_are_refused_everywhere(ranks: Ranks) -> None:
-    """The last rank sends rows of another length, or without weights; a reset helps."""
+    """The last rank sends other rows, no weights, or makes another call; a reset helps."""
     case = make_case("uneven", ranks.num_ranks, tokens=6, hidden=128, dtype=torch.bfloat16)
     buffer = ranks.make_buffer(case, timeout_s=10.0)
     x, idx, weights = ranks.inputs(case)
     others: dict[str, Callable[[Handle], object]] = {
         "FP8": lambda handle: buffer.dispatch(x, topk_weights=weights, handle=handle, fp8=True),
         "no weights": lambda handle: buffer.dispatch(x, handle=handle),
+        "a combine": lambda handle: buffer.combine(x.new_zeros(handle.num_rows, 128), handle),
     }
     for what, other in others.items():
         _, handle = buffer.dispatch(x, idx, weights)
@@ -166,7 +167,7 @@ def other_rows_are_refused_everywhere(ranks: Ranks) -> None:
         torch.cuda.synchronize()
         assert time.monotonic() - begin < 5, f"{what}: found by its time-out"
         message = raises(ValueError, buffer.check)
-        assert message.startswith("expected the same dtype, fp8 and weights on all ranks"), message
+        assert message.startswith("expected the same call, dtype, fp8 and weights on all"), message
         last = ranks.num_ranks - 1
         assert f"at rank {ranks.rank}" in message, f"{what}: {message}"
         assert ranks.last or f"at rank {last}" in message, f"{what}: {message}"

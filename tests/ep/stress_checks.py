@@ -78,6 +78,37 @@ def calls_in_a_row_with_delays(ranks: Ranks) -> None:
         ranks.delay(buffer, 0)
 
 
+def two_buffers_on_two_streams(ranks: Ranks) -> None:
+    """Kernels of two buffers, each on nearly half of the SMs, that ranks launch in other orders:
+    one that held more SMs while it waits for its peer would keep out the other, for ever."""
+    case = make_case("uneven", ranks.num_ranks, hidden=1024, dtype=torch.bfloat16, tokens=60)
+    x, idx, weights = ranks.inputs(case)
+    buffers = [ranks.make_buffer(case, num_sms=64, timeout_s=5.0) for _ in range(2)]
+    handles = [buffer.dispatch(x, idx, weights)[1] for buffer in buffers]
+    streams = [torch.cuda.Stream() for _ in buffers]
+
+    def run(order: tuple[int, ...]) -> list[Tensor]:
+        results = []
+        ranks.synchronize()
+        for place, i in enumerate(order):  # until the host is far ahead, and one after the other
+            with torch.cuda.stream(streams[i]):
+                torch.cuda._sleep(50_000_000 + 20_000_000 * place)
+        for _ in range(30):
+            for i in order:
+                with torch.cuda.stream(streams[i]):
+                    recv, _ = buffers[i].dispatch(x, topk_weights=weights, handle=handles[i])
+                    results.append(buffers[i].combine(recv.tokens, handles[i])[0].detach())
+        torch.cuda.synchronize()
+        for buffer in buffers:
+            buffer.check()
+        return results
+
+    # In one order first: an allocation may wait for the GPU, and with it for the other rank's host.
+    (want, *_) = run((0, 1))
+    for y in run((0, 1) if ranks.rank % 2 == 0 else (1, 0)):
+        expect_same_tensor(y, want, "in orders of their own")
+
+
 @dataclass(frozen=True)
 class Size:
     """One awkward size; ``name`` says what is awkward about it."""

@@ -126,6 +126,29 @@ def test_few_and_many_sms(environment: Environment) -> None:
     environment.run(2, few_and_many_sms)
 
 
+def factors_on_some_ranks(ranks: Ranks) -> None:
+    """One launch acts for ranks with factors and for ranks without: those count as 1."""
+    case = make_case("uneven", ranks.num_ranks, hidden=64, dtype=torch.bfloat16)
+    buffer = ranks.make_buffer(case)
+    x, idx, weights = ranks.inputs(case)
+    recv, handle = buffer.dispatch(x, idx, weights, layout="expert")
+    y, _ = buffer.combine(recv.tokens, handle, weights=recv.weights if ranks.last else None)
+    want = rank_checks.received(ranks, case, layout="expert")
+    factors = [
+        w.weights if r == ranks.num_ranks - 1 else torch.ones_like(w.weights)
+        for r, w in enumerate(want)
+    ]
+    sums = rank_checks.combined(
+        ranks, case, [w.tokens for w in want], layout="expert", weights=factors
+    )
+    rank_checks.expect_same_tensor(y, sums[ranks.rank], "sums")
+
+
+@every
+def test_factors_on_some_ranks(environment: Environment) -> None:
+    environment.run(3, factors_on_some_ranks)
+
+
 # --- memory of asynchronous calls ----------------------------------------------------------------
 
 

@@ -55,6 +55,11 @@ def test_a_killed_rank_is_named_by_the_others(environment: Environment, tmp_path
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.parametrize("environment", [NVLINK, LOW_LATENCY], ids=["nvlink", "low_latency"])
+def test_two_buffers_on_two_streams(environment: Environment) -> None:
+    environment.run(2, stress_checks.two_buffers_on_two_streams)
+
+
 @all_ways
 def test_10_000_calls(environment: Environment) -> None:
     environment.run(_num_ranks(8), stress_checks.thousands_of_calls, timeout_s=200)
