@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from dualpipe_ext.bench import ranks as bench_ranks
-from dualpipe_ext.bench.record import append, percentiles, results_file
+from dualpipe_ext.bench.record import percentiles
+from dualpipe_ext.bench.script import Row, add_numbers, run
 from dualpipe_ext.bench.timing import Series, captured, interleaved
-from dualpipe_ext.ep import Buffer
+from dualpipe_ext.ep import Buffer, ExpertMajor, Handle, TokenMajor
 
 TRANSPORTS = ("nvlink", "low_latency")
 LAYOUTS = ("token", "expert")
@@ -91,7 +92,7 @@ class Step:
         self._weights = recv.weights if self._layout == "expert" else None
         self._rows = recv.dequantize().bfloat16()
 
-    def _dispatch(self):
+    def _dispatch(self) -> tuple[TokenMajor | ExpertMajor, Handle]:
         given = self._inputs
         how = {"layout": self._layout, "max_recv_tokens": self._room, "fp8": True}
         return self._buffer.dispatch(given.x, given.topk_idx, given.topk_weights, **how)
@@ -133,7 +134,7 @@ def _in_a_graph(call: Callable[[], object], times: int) -> Series:
 
 
 @torch.no_grad()
-def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object]]:
+def measure(ranks: bench_ranks.Ranks, options: Options) -> list[Row]:
     """Rows of all variants; called on every rank."""
     found = []
     for num_tokens in options.tokens:
@@ -182,33 +183,22 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def main(arguments: list[str]) -> int:
+def line(row: Row) -> str:
+    numbers = ", ".join(f"{part} {row[f'{part}_us_p50']:6.1f} us" for part in PARTS)
+    return (
+        f"{row['tokens']:4} tokens, by {row['layout']:6} {row['transport']:11} "
+        f"{row['num_sms']:3} SMs: {numbers}"
+    )
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=_numbers, default=(32, 128, 512))
     parser.add_argument("--sms", type=_numbers, default=(32, 128))
-    for name, default in (
-        ("hidden", 7168),
-        ("experts", 256),
-        ("top-k", 8),
-        ("rounds", 7),
-        ("calls", 20),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_numbers(parser, {"hidden": 7168, "experts": 256, "top-k": 8, "rounds": 7, "calls": 20})
     options = Options(**vars(parser.parse_args(arguments)))
-    num_ranks = torch.cuda.device_count()
-    rows = bench_ranks.start(measure, num_ranks, options, virtual=False, device_type="cuda")
-    if rows is None:
-        return 0  # another rank of torchrun
-    for row in rows:
-        numbers = ", ".join(f"{part} {row[f'{part}_us_p50']:6.1f} us" for part in PARTS)
-        print(
-            f"{row['tokens']:4} tokens, by {row['layout']:6} {row['transport']:11} "
-            f"{row['num_sms']:3} SMs: {numbers}"
-        )
-    command = " ".join(["python benchmarks/decode.py", *arguments])
-    print(f"recorded in {append(results_file('decode'), command, rows)}")
-    return 0
+    run("decode", ["python benchmarks/decode.py", *arguments], measure, options, line)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from dualpipe_ext.bench import ranks as bench_ranks
-from dualpipe_ext.bench.record import append, percentiles, results_file
+from dualpipe_ext.bench.record import percentiles
+from dualpipe_ext.bench.script import Row, add_numbers, run
 from dualpipe_ext.bench.timing import interleaved
 
 # Two roundings of a sum of BF16 rows, in another order each.
@@ -137,7 +138,7 @@ def peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object]]:
+def measure(ranks: bench_ranks.Ranks, options: Options) -> list[Row]:
     """Rows of all variants; called on every rank."""
     from megatron.core import parallel_state
 
@@ -181,32 +182,21 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[dict[str, object
     ]
 
 
-def main(arguments: list[str]) -> int:
+def line(row: Row) -> str:
+    return (
+        f"{row['dispatcher']:9} {row['transport']:12} forward {row['forward_us_p50']:8.1f} us, "
+        f"with backward {row['both_us_p50']:8.1f} us, peak {row['peak_mib']:7.1f} MiB"
+    )
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (
-        ("tokens", 4096),
-        ("hidden", 7168),
-        ("experts", 256),
-        ("top-k", 8),
-        ("rounds", 5),
-        ("calls", 10),
-        ("num-sms", 24),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    defaults = {"tokens": 4096, "hidden": 7168, "experts": 256, "top-k": 8}
+    add_numbers(parser, {**defaults, "rounds": 5, "calls": 10, "num-sms": 24})
     options = Options(**vars(parser.parse_args(arguments)))
-    num_ranks = torch.cuda.device_count()
-    rows = bench_ranks.start(measure, num_ranks, options, virtual=False, device_type="cuda")
-    if rows is None:
-        return 0  # another rank of torchrun
-    for row in rows:
-        print(
-            f"{row['dispatcher']:9} {row['transport']:12} forward {row['forward_us_p50']:8.1f} us, "
-            f"with backward {row['both_us_p50']:8.1f} us, peak {row['peak_mib']:7.1f} MiB"
-        )
-    command = " ".join(["python benchmarks/megatron_dispatcher.py", *arguments])
-    print(f"recorded in {append(results_file('megatron'), command, rows)}")
-    return 0
+    command = ["python benchmarks/megatron_dispatcher.py", *arguments]
+    run("megatron", command, measure, options, line)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

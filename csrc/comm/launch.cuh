@@ -38,8 +38,8 @@ __device__ inline Watchdog make_watchdog(const LaunchArgs& args, uint32_t local,
 // rank's own.
 //
 // From here on the next kernel may come onto the SMs, if it was launched for that
-// (chained_launch.cuh). Not earlier: beside a kernel that still waits for a peer it would take SMs
-// that the peer's partner in another kernel needs.
+// (chained_launch.cuh). Not earlier: while this one waits for a peer, the next would hold SMs too,
+// and could keep out a kernel of another stream that the peer waits for.
 __device__ inline void finish_epoch(ControlState* state, uint32_t* epoch, uint32_t ctas) {
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();

@@ -42,6 +42,12 @@ __device__ __forceinline__ uint32_t to_fp8x2(uint32_t pair, float inverse) {
   return __nv_cvt_float2_to_fp8x2(v, __NV_SATFINITE, __NV_E4M3);
 }
 
+// Eight BF16 values times `inverse`, as eight of FP8.
+__device__ __forceinline__ uint2 to_fp8x8(const uint4& v, float inverse) {
+  return {to_fp8x2(v.x, inverse) | to_fp8x2(v.y, inverse) << 16,
+          to_fp8x2(v.z, inverse) | to_fp8x2(v.w, inverse) << 16};
+}
+
 // 8 values.
 __device__ __forceinline__ __nv_bfloat162 most_of(const uint4& v) {
   const auto as_pair = [](uint32_t word) { return *reinterpret_cast<__nv_bfloat162*>(&word); };

@@ -10,6 +10,7 @@
 #include "ep/combine_send.cuh"
 #include "ep/low_latency.h"
 #include "ep/messages.cuh"
+#include "ep/warp_rows.cuh"
 #include "ptx/grid.cuh"
 
 namespace dualpipe {
@@ -58,12 +59,8 @@ class PieceWork {
 
   // Piece `piece` of the sum of token `token`. False if the rank has failed.
   __device__ bool sum(uint32_t token, uint32_t piece) const {
-    const uint32_t ranks = c_.num_ranks();
-    const int32_t* row_at = c_.call.slots + uint64_t{token} * ranks;
-    const int32_t slots[2] = {lane_ < ranks ? row_at[lane_] : -1,
-                              lane_ + 32 < ranks ? row_at[lane_ + 32] : -1};
-    const uint64_t from =
-        __ballot_sync(~0u, slots[0] >= 0) | uint64_t{__ballot_sync(~0u, slots[1] >= 0)} << 32;
+    const TokenRows slots(c_.call.slots, token, c_.num_ranks());
+    const uint64_t from = slots.ranks();
     if (piece == payload_) {
       return c_.args.weight_bytes == 4 ? take_weights<uint32_t>(token, slots, from)
                                        : take_weights<uint64_t>(token, slots, from);
@@ -95,10 +92,10 @@ class PieceWork {
 
   // Adds what each rank of `from` has to give, in rank order. Units of several ranks are waited for
   // at once; this rank's own come from its memory.
-  __device__ bool sum_over_ranks(const LaneUnits& units, const int32_t (&slots)[2], uint64_t from,
+  __device__ bool sum_over_ranks(const LaneUnits& units, const TokenRows& slots, uint64_t from,
                                  Sums<Row>& total) const {
     uint8_t* const inbox = c_.slab(c_.me(), c_.epoch % kInboxes);
-    const uint32_t own_slot = __shfl_sync(~0u, c_.me() < 32 ? slots[0] : slots[1], c_.me() % 32);
+    const uint32_t own_slot = slots.at(c_.me());
     const bool has_own = (from >> c_.me() & 1) != 0;
     uint4 own[kUnits];
     if (has_own) own_units(own_slot, units, own);
@@ -122,7 +119,7 @@ class PieceWork {
           for (uint32_t j = 0; j < kUnits; ++j) v[i][j] = own[j];
           continue;
         }
-        const uint32_t slot = __shfl_sync(~0u, rank < 32 ? slots[0] : slots[1], rank % 32);
+        const uint32_t slot = slots.at(rank);
         rows[i] = c_.slab_row(inbox, c_.segment_row(rank, slot - c_.first_rows[rank]));
         sources[i] = rank;
       }
@@ -229,7 +226,7 @@ class PieceWork {
 
   // Each choice's number comes from the rank of its expert; what other ranks say of it is dropped.
   template <class Word>
-  __device__ bool take_weights(uint32_t token, const int32_t (&slots)[2], uint64_t from) const {
+  __device__ bool take_weights(uint32_t token, const TokenRows& slots, uint64_t from) const {
     uint8_t* const inbox = c_.slab(c_.me(), c_.epoch % kInboxes);
     int32_t owner = -1;
     if (lane_ < c_.top_k()) {
@@ -239,7 +236,7 @@ class PieceWork {
     Word number = 0;
     for (; from != 0; from &= from - 1) {
       const uint32_t rank = __ffsll(from) - 1;
-      const uint32_t slot = __shfl_sync(~0u, rank < 32 ? slots[0] : slots[1], rank % 32);
+      const uint32_t slot = slots.at(rank);
       Word word;
       if (rank == c_.me()) {
         word = own_weight<Word>(slot);

@@ -29,6 +29,7 @@
 #include "comm/launch.cuh"
 #include "ep/dispatch_rows.cuh"
 #include "ep/messages.cuh"
+#include "ep/warp_rows.cuh"
 #include "ep/zero_rows.cuh"
 #include "ptx/grid.cuh"
 
@@ -118,12 +119,6 @@ struct Sent {
   static constexpr uint32_t kNone = ~0u;
 };
 
-// 8 BF16 values of a lane times `inverse`, as 8 of FP8.
-__device__ __forceinline__ uint2 to_fp8x8(const uint4& v, float inverse) {
-  return {to_fp8x2(v.x, inverse) | to_fp8x2(v.y, inverse) << 16,
-          to_fp8x2(v.z, inverse) | to_fp8x2(v.w, inverse) << 16};
-}
-
 // Reads piece `piece` of a row; quantises it: bit for bit what quantize.cuh does. 16 lanes hold a
 // block. Neighbours then swap halves, so that each has 16 bytes to store.
 template <Payload kPayload>
@@ -179,21 +174,20 @@ __device__ Sent<kPayload> read_piece(const uint8_t* row, uint32_t piece, uint32_
 // Calls `to_rank` with every rank that the token goes to and its row there: peers first, each rank
 // from another one on, then this rank, whose rows have the shortest way.
 template <class ToRank>
-__device__ __forceinline__ void each_rank(const Dispatch& d, const int32_t (&slots)[2],
+__device__ __forceinline__ void each_rank(const Dispatch& d, const TokenRows& rows,
                                           ToRank to_rank) {
-  const uint64_t goes_to =
-      __ballot_sync(~0u, slots[0] >= 0) | uint64_t{__ballot_sync(~0u, slots[1] >= 0)} << 32;
+  const uint64_t goes_to = rows.ranks();
   for (uint32_t i = 1; i <= d.num_ranks(); ++i) {
     const uint32_t to = (d.me() + i) % d.num_ranks();
     if ((goes_to >> to & 1) == 0) continue;
-    to_rank(to, __shfl_sync(~0u, to < 32 ? slots[0] : slots[1], to % 32));
+    to_rank(to, rows.at(to));
   }
 }
 
 // A piece of a token's row to all ranks it goes to.
 template <Payload kPayload>
 __device__ void send_piece(const Dispatch& d, uint32_t token, uint32_t piece,
-                           const int32_t (&slots)[2]) {
+                           const TokenRows& rows) {
   using Piece = Sent<kPayload>;
   const Piece sent = read_piece<kPayload>(d.call.x + uint64_t{token} * d.args.in_bytes, piece,
                                           d.args.in_bytes / 16);
@@ -212,10 +206,10 @@ __device__ void send_piece(const Dispatch& d, uint32_t token, uint32_t piece,
       });
       return;
     }
-    uint8_t* rows = d.slab_row(inbox(d, to), row);
+    uint8_t* out = d.slab_row(inbox(d, to), row);
 #pragma unroll
     for (uint32_t i = 0; i < Piece::kUnits; ++i) {
-      if (sent.at[i] != Piece::kNone) send_unit(rows + 16 * sent.at[i], sent.units[i]);
+      if (sent.at[i] != Piece::kNone) send_unit(out + 16 * sent.at[i], sent.units[i]);
     }
     auto* scales = reinterpret_cast<uint32_t*>(d.slab_scales(inbox(d, to), row));
 #pragma unroll
@@ -224,15 +218,15 @@ __device__ void send_piece(const Dispatch& d, uint32_t token, uint32_t piece,
       send_word(scales + sent.block[i], __float_as_uint(sent.scales[i]));
     }
   };
-  each_rank(d, slots, to_rank);
+  each_rank(d, rows, to_rank);
 }
 
 // The scales that came with a token's row to all ranks it goes to.
-__device__ void send_scales(const Dispatch& d, uint32_t token, const int32_t (&slots)[2]) {
+__device__ void send_scales(const Dispatch& d, uint32_t token, const TokenRows& rows) {
   const uint32_t lane = threadIdx.x % 32;
   const auto* words =
       reinterpret_cast<const uint32_t*>(d.call.x_scales) + uint64_t{token} * d.args.num_scales;
-  each_rank(d, slots, [&](uint32_t to, int32_t row) {
+  each_rank(d, rows, [&](uint32_t to, int32_t row) {
     if (to == d.me()) {
       OutputPlaces(d, row).each([&](uint64_t out) {
         for (uint32_t i = lane; i < d.args.num_scales; i += 32) {
@@ -248,7 +242,7 @@ __device__ void send_scales(const Dispatch& d, uint32_t token, const int32_t (&s
 
 // The numbers of a token's choices to all ranks it goes to; zero where the choice is of another.
 template <class Word>
-__device__ void send_weights(const Dispatch& d, uint32_t token, const int32_t (&slots)[2]) {
+__device__ void send_weights(const Dispatch& d, uint32_t token, const TokenRows& rows) {
   const uint32_t lane = threadIdx.x % 32;
   Word weight = 0;
   int32_t owner = -1;
@@ -257,7 +251,7 @@ __device__ void send_weights(const Dispatch& d, uint32_t token, const int32_t (&
     owner = id >= 0 ? id / static_cast<int32_t>(d.per_rank()) : -1;
     weight = reinterpret_cast<const Word*>(d.call.weights)[uint64_t{token} * d.top_k() + lane];
   }
-  each_rank(d, slots, [&](uint32_t to, int32_t row) {
+  each_rank(d, rows, [&](uint32_t to, int32_t row) {
     const Word word = owner == int32_t(to) ? weight : 0;
     if (to == d.me()) return OutputPlaces(d, row).put_weight(word);
     auto* words = reinterpret_cast<Word*>(d.slab_weights(inbox(d, to), row));
@@ -268,14 +262,11 @@ __device__ void send_weights(const Dispatch& d, uint32_t token, const int32_t (&
 template <Payload kPayload>
 __device__ void send(const Dispatch& d, const Pieces& pieces, uint32_t item) {
   const uint32_t token = item / pieces.count(), piece = item % pieces.count();
-  const uint32_t lane = threadIdx.x % 32, ranks = d.num_ranks();
-  const int32_t* row_at = d.call.slots + uint64_t{token} * ranks;
-  const int32_t slots[2] = {lane < ranks ? row_at[lane] : -1,
-                            lane + 32 < ranks ? row_at[lane + 32] : -1};
-  if (piece < pieces.payload()) return send_piece<kPayload>(d, token, piece, slots);
-  if (d.call.x_scales != nullptr) send_scales(d, token, slots);
-  if (d.args.weight_bytes == 4) send_weights<uint32_t>(d, token, slots);
-  if (d.args.weight_bytes == 8) send_weights<uint64_t>(d, token, slots);
+  const TokenRows rows(d.call.slots, token, d.num_ranks());
+  if (piece < pieces.payload()) return send_piece<kPayload>(d, token, piece, rows);
+  if (d.call.x_scales != nullptr) send_scales(d, token, rows);
+  if (d.args.weight_bytes == 4) send_weights<uint32_t>(d, token, rows);
+  if (d.args.weight_bytes == 8) send_weights<uint64_t>(d, token, rows);
 }
 
 // --- receiving -----------------------------------------------------------------------------------

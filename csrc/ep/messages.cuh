@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "comm/wait.cuh"
-#include "ep/scan.cuh"
 #include "ep/transfer.cuh"
 #include "ptx/memory.cuh"
 
@@ -138,38 +137,5 @@ __device__ void await_hellos(const Transfer<Args, Call>& call, Phase phase, uint
         call.watchdog.report(site, own & 0xffffff, theirs & 0xffffff, ErrorCode::kMismatch);
       });
 }
-
-// Rows of this rank in token layout, by the rank that their tokens come from. A warp's: lane l
-// holds what ranks l and l + 32 send.
-class RowsBySource {
- public:
-  // `matrix` is [R, R], tokens that rank s sends to rank d.
-  __device__ RowsBySource(const int32_t* matrix, uint32_t num_ranks, uint32_t me) {
-    int32_t before = 0;
-#pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t source = threadIdx.x % 32 + 32 * half;
-      const int32_t rows = source < num_ranks ? matrix[source * num_ranks + me] : 0;
-      ends_[half] = before + warp_inclusive_scan(rows);
-      before = __shfl_sync(~0u, ends_[half], 31);
-    }
-    total_ = before;
-  }
-
-  __device__ uint32_t total() const { return total_; }
-  __device__ uint32_t first(uint32_t source) const { return source == 0 ? 0 : end(source - 1); }
-  __device__ uint32_t end(uint32_t source) const {
-    return __shfl_sync(~0u, source < 32 ? ends_[0] : ends_[1], source % 32);
-  }
-  // Whose token has row `row`, which is less than the total.
-  __device__ uint32_t source(uint32_t row) const {
-    return __popc(__ballot_sync(~0u, uint32_t(ends_[0]) <= row)) +
-           __popc(__ballot_sync(~0u, uint32_t(ends_[1]) <= row));
-  }
-
- private:
-  int32_t ends_[2];  // row behind the last of each, in the order of the sources
-  uint32_t total_;
-};
 
 }  // namespace dualpipe

@@ -51,9 +51,7 @@ __device__ void quantize(const uint8_t* from, uint8_t* to, float* scales, uint32
 #pragma unroll
       for (uint32_t j = 0; j < kUnits; ++j) {
         const uint32_t at = block * kQuantBlock + (j + quad) % kUnits * 32 + place * 8;
-        *reinterpret_cast<uint2*>(to + at) = {
-            to_fp8x2(v[g][j].x, q.inverse) | to_fp8x2(v[g][j].y, q.inverse) << 16,
-            to_fp8x2(v[g][j].z, q.inverse) | to_fp8x2(v[g][j].w, q.inverse) << 16};
+        *reinterpret_cast<uint2*>(to + at) = to_fp8x8(v[g][j], q.inverse);
       }
       if (place == 0) scales[block] = q.scale;
     }

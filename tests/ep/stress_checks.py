@@ -80,7 +80,7 @@ def calls_in_a_row_with_delays(ranks: Ranks) -> None:
 
 def two_buffers_on_two_streams(ranks: Ranks) -> None:
     """Kernels of two buffers, each on nearly half of the SMs, that ranks launch in other orders:
-    one that held more SMs while it waits for its peer would keep out the other, for ever."""
+    whichever waits for its peer leaves room for the other."""
     case = make_case("uneven", ranks.num_ranks, hidden=1024, dtype=torch.bfloat16, tokens=60)
     x, idx, weights = ranks.inputs(case)
     buffers = [ranks.make_buffer(case, num_sms=64, timeout_s=5.0) for _ in range(2)]
