@@ -7,6 +7,7 @@ processes exist already and nothing here is used but :func:`init_from_env`.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -58,6 +59,8 @@ def _worker(
     # os._exit, because a rank inside a collective would never see a Python exception.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # Unbuffered, and open until the process ends: what is written when it crashes is read after.
+    faulthandler.enable(_crash_file(init_file, rank).open("wb", buffering=0))
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks share the cores of one machine: more threads than cores make every rank slower.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
@@ -75,6 +78,11 @@ def _worker(
     results.put(pickle.dumps((rank, fn(*args))))
     # Only after success: on failure the traceback must be on disk before the peers notice.
     dist.destroy_process_group()
+
+
+def _crash_file(init_file: str, rank: int) -> Path:
+    """Where a rank that crashes leaves what its threads were at."""
+    return Path(f"{init_file}-crash-{rank}")
 
 
 def _leave_with_parent() -> None:
@@ -117,7 +125,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
         # Drained while the workers run: a result larger than the pipe would block its sender.
         results = mp.get_context("forkserver").SimpleQueue()
-        shared = (str(Path(folder) / "rendezvous"), backend or default_backend(), timeout_s)
+        init_file = str(Path(folder) / "rendezvous")
+        shared = (init_file, backend or default_backend(), timeout_s)
         context = mp.start_processes(
             _worker,
             args=(fn, num_ranks, *shared, results, args),
@@ -140,13 +149,13 @@ def run_ranks(
                         f"got results from ranks {sorted(collected)} only"
                     )
         except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            raise _first_failure(context) from None
+            raise _first_failure(context, init_file) from None
         finally:
             _stop(context.processes, grace_s)
         return [collected[rank] for rank in range(num_ranks)]
 
 
-def _first_failure(context: Any) -> WorkerFailedError:
+def _first_failure(context: Any, init_file: str) -> WorkerFailedError:
     """Tell the rank that failed from the ranks that failed because it did.
 
     A rank that died without a traceback (killed, crashed) is the cause: it cannot have been waiting
@@ -162,7 +171,9 @@ def _first_failure(context: Any) -> WorkerFailedError:
         elif process.exitcode not in (0, None, -signal.SIGTERM):
             code = process.exitcode
             how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-            return WorkerFailedError(rank, f"its process {how}")
+            crash = _crash_file(init_file, rank)
+            trace = crash.read_text(errors="replace").strip() if crash.exists() else ""
+            return WorkerFailedError(rank, f"its process {how}" + (trace and f"\n{trace}"))
     _, rank, text = min(raised)
     return WorkerFailedError(rank, text)
 

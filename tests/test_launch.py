@@ -1,3 +1,4 @@
+import ctypes
 import os
 import signal
 import subprocess
@@ -37,6 +38,12 @@ def kill_on(rank: int) -> None:
     dist.barrier()
 
 
+def crash_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        ctypes.string_at(0)
+    dist.barrier()
+
+
 def stall() -> None:
     if dist.get_rank() == 1:
         time.sleep(60)
@@ -53,7 +60,8 @@ def test_results_come_in_rank_order():
     [
         (raise_on, (2,), "no such flavour"),
         (exit_on, (1, 7), "exited with code 7"),
-        (kill_on, (0,), "killed by signal 9"),
+        (kill_on, (0,), "killed by signal 9$"),
+        (crash_on, (1,), r"(?s)killed by signal 11\nFatal Python error.*in crash_on"),
     ],
 )
 def test_the_failing_rank_is_named(fn, args, message):
