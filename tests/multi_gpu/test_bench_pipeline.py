@@ -46,17 +46,24 @@ def test_pairs_as_graphs(slow_link):
     )
     rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
     *good, collective = rows
-    assert [row.reason for row in good] == [""] * 4
-    assert [(row.transport, row.repeats > 1) for row in good] == [
-        (transport, slow) for transport in ("nvlink", "copy_engine") for slow in (False, True)
-    ]
-    assert min(row.hidden_share for row in good if row.repeats > 1) > 0
+    assert [row.reason for row in good] == [""] * len(good)
+    slowed = []
+    for transport in ("nvlink", "copy_engine"):
+        as_it_is, *slower = [row for row in good if row.transport == transport]
+        assert as_it_is.repeats == 1
+        # None where communication takes longer than compute as it is, as among several GPUs.
+        assert len(slower) <= 1
+        slowed += slower
+    assert min(row.repeats for row in slowed) > 1
+    assert min(row.hidden_share for row in slowed) > 0
     assert collective.status == "unavailable"
     assert "transport collective waits for counts on the host" in collective.reason
 
 
 def test_steps_under_every_schedule():
-    options = replace(WIDE, parts=("steps",), step_experts=8, step_transport="auto")
+    options = replace(
+        WIDE, parts=("steps",), step_experts=8, step_transport="auto", num_chunks=2 * RANKS
+    )
     rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
     assert [row.reason for row in rows if row.status != "ok"] == []
     assert {row.stage_transport for row in rows} <= {"copy_engine", "collective"}
