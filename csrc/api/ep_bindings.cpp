@@ -84,6 +84,16 @@ Payload payload_from(const std::string& name) {
   throw std::invalid_argument("expected a payload of as_is, quantize, quantize_pow2, got " + name);
 }
 
+// By the number of each.
+constexpr const char* kRowLayouts[] = {"token", "expert", "groups"};
+
+RowLayout row_layout_from(const std::string& name) {
+  for (const RowLayout layout : {kTokenRows, kExpertRows, kExpertGroups}) {
+    if (name == kRowLayouts[layout]) return layout;
+  }
+  throw std::invalid_argument("expected a row layout of token, expert, groups, got " + name);
+}
+
 RowType row_type_from(const std::string& name) {
   if (name == "bfloat16") return RowType::kBf16;
   if (name == "float16") return RowType::kF16;
@@ -298,7 +308,7 @@ py::object take_fault(const RouteReports& reports, uint32_t index) {
   py::dict fields;
   fields["fault"] = fault_name(fault);
   fields["rank"] = report.fault_rank;
-  fields["layout"] = report.fault_layout;
+  fields["layout"] = kRowLayouts[report.fault_layout];
   fields["alignment"] = report.fault_alignment;
   fields["zero_copy"] = report.fault_zero_copy != 0;
   fields["limit"] = report.fault_limit;
@@ -345,13 +355,23 @@ void bind_calls(py::module_& m) {
   py::class_<DispatchCall>(m, "DispatchCall");
   py::class_<CombineCall>(m, "CombineCall");
   py::class_<HandleArrays>(m, "HandleArrays")
-      .def(py::init<const WorkspaceLayout&, uint32_t, uint32_t, bool, bool, Address, Address,
-                    Address, Address>(),
-           py::arg("layout"), py::arg("rank"), py::arg("num_tokens"), py::arg("expert_layout"),
+      .def(py::init([](const WorkspaceLayout& layout, uint32_t rank, uint32_t num_tokens,
+                       const std::string& row_layout, bool moves_parts, Address arrays,
+                       Address topk_local, Address counts, Address offsets) {
+             return HandleArrays(layout, rank, num_tokens, row_layout_from(row_layout), moves_parts,
+                                 arrays, topk_local, counts, offsets);
+           }),
+           py::arg("layout"), py::arg("rank"), py::arg("num_tokens"), py::arg("row_layout"),
            py::arg("moves_parts"), py::arg("arrays"), py::arg("topk_local"), py::arg("counts"),
            py::arg("offsets"))
-      .def_static("bytes", &HandleArrays::bytes, py::arg("layout"), py::arg("num_tokens"),
-                  py::arg("expert_layout"), py::arg("moves_parts"))
+      .def_static(
+          "bytes",
+          [](const WorkspaceLayout& layout, uint32_t num_tokens, const std::string& row_layout,
+             bool moves_parts) {
+            return HandleArrays::bytes(layout, num_tokens, row_layout_from(row_layout),
+                                       moves_parts);
+          },
+          py::arg("layout"), py::arg("num_tokens"), py::arg("row_layout"), py::arg("moves_parts"))
       .def("route_call", &HandleArrays::route_call, py::arg("alignment"), py::arg("max_rows"),
            py::arg("zero_copy"), py::arg("delay_ns"), py::arg("topk_idx"), py::arg("num_rows"),
            py::arg("reports"), py::arg("report"))

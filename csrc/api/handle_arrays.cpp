@@ -14,8 +14,9 @@ T* pointer(uint64_t address) {
 }
 
 HandleLayout checked_handle_layout(const WorkspaceLayout& layout, uint32_t num_tokens,
-                                   bool expert_layout, bool moves_parts) {
-  const HandleLayout handle = make_handle_layout(layout, num_tokens, expert_layout, moves_parts);
+                                   RowLayout row_layout, bool moves_parts) {
+  const HandleLayout handle =
+      make_handle_layout(layout, num_tokens, row_layout != kTokenRows, moves_parts);
   if (handle.bytes == 0)
     throw std::invalid_argument("expected arrays of a handle below 2^63 bytes");
   return handle;
@@ -24,11 +25,11 @@ HandleLayout checked_handle_layout(const WorkspaceLayout& layout, uint32_t num_t
 }  // namespace
 
 HandleArrays::HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_t num_tokens,
-                           bool expert_layout, bool moves_parts, Address arrays, Address topk_local,
-                           Address counts, Address offsets)
+                           RowLayout row_layout, bool moves_parts, Address arrays,
+                           Address topk_local, Address counts, Address offsets)
     : rank_(rank),
       num_tokens_(num_tokens),
-      expert_layout_(expert_layout),
+      row_layout_(row_layout),
       offsets_(pointer<int32_t>(offsets)),
       topk_local_(pointer<int64_t>(topk_local)),
       counts_(pointer<int64_t>(counts)) {
@@ -36,19 +37,19 @@ HandleArrays::HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_
     throw std::invalid_argument("expected arrays of a handle on 16 bytes, got address " +
                                 std::to_string(arrays));
   }
-  const HandleLayout handle = checked_handle_layout(layout, num_tokens, expert_layout, moves_parts);
+  const HandleLayout handle = checked_handle_layout(layout, num_tokens, row_layout, moves_parts);
   auto* base = pointer<uint8_t>(arrays);
   slots_ = handle.slots.in(base);
   ids_ = handle.ids.in(base);
   matrix_ = handle.matrix.in(base);
   run_starts_ = handle.run_starts.in(base);
   unit_tokens_ = moves_parts ? handle.unit_tokens.in(base) : nullptr;
-  positions_ = expert_layout ? handle.positions.in(base) : nullptr;
+  positions_ = row_layout != kTokenRows ? handle.positions.in(base) : nullptr;
 }
 
-uint64_t HandleArrays::bytes(const WorkspaceLayout& layout, uint32_t num_tokens, bool expert_layout,
-                             bool moves_parts) {
-  return checked_handle_layout(layout, num_tokens, expert_layout, moves_parts).bytes;
+uint64_t HandleArrays::bytes(const WorkspaceLayout& layout, uint32_t num_tokens,
+                             RowLayout row_layout, bool moves_parts) {
+  return checked_handle_layout(layout, num_tokens, row_layout, moves_parts).bytes;
 }
 
 RouteCall HandleArrays::route_call(uint32_t alignment, int32_t max_rows, bool zero_copy,
@@ -56,7 +57,7 @@ RouteCall HandleArrays::route_call(uint32_t alignment, int32_t max_rows, bool ze
                                    const RouteReports& reports, uint32_t report) const {
   return {rank_,
           num_tokens_,
-          expert_layout_,
+          row_layout_,
           alignment,
           max_rows,
           zero_copy,
@@ -84,7 +85,7 @@ DispatchCall HandleArrays::dispatch_call(uint32_t slab, bool keep_in_slab, uint3
           num_tokens_,
           slab,
           keep_in_slab,
-          expert_layout_,
+          row_layout_,
           send_delay_ns,
           receive_delay_ns,
           pointer<uint8_t>(x),

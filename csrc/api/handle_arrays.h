@@ -20,10 +20,10 @@ class HandleArrays {
   // `arrays`: bytes() of memory on 16 bytes, the unit of bulk copies. `topk_local` in the token
   // layout, `offsets` in the expert layout.
   HandleArrays(const WorkspaceLayout& layout, uint32_t rank, uint32_t num_tokens,
-               bool expert_layout, bool moves_parts, Address arrays, Address topk_local,
+               RowLayout row_layout, bool moves_parts, Address arrays, Address topk_local,
                Address counts, Address offsets);
 
-  static uint64_t bytes(const WorkspaceLayout& layout, uint32_t num_tokens, bool expert_layout,
+  static uint64_t bytes(const WorkspaceLayout& layout, uint32_t num_tokens, RowLayout row_layout,
                         bool moves_parts);
 
   RouteCall route_call(uint32_t alignment, int32_t max_rows, bool zero_copy, uint32_t delay_ns,
@@ -39,7 +39,8 @@ class HandleArrays {
                            Address y, Address token_weights) const;
 
  private:
-  uint32_t rank_, num_tokens_, expert_layout_;
+  uint32_t rank_, num_tokens_;
+  RowLayout row_layout_;
   int32_t *slots_, *matrix_, *run_starts_, *unit_tokens_, *positions_, *offsets_;
   int16_t* ids_;
   int64_t *topk_local_, *counts_;

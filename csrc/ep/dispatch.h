@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "comm/launch_args.h"
+#include "ep/row_layout.h"
 #include "ep/tuning.h"
 
 namespace dualpipe {
@@ -23,7 +24,7 @@ struct DispatchCall {
   uint32_t num_tokens;
   uint32_t slab;           // of this rank: where its rows shall arrive
   uint32_t keep_in_slab;   // 1: they stay there (token layout), 0: they are copied to `out_rows`
-  uint32_t expert_layout;  // 1 for the expert layout
+  uint32_t expert_layout;  // RowLayout
   uint32_t send_delay_ns;  // test hooks
   uint32_t receive_delay_ns;
   const uint8_t* x;        // [T, in_bytes], on 16 bytes

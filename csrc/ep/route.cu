@@ -181,18 +181,24 @@ __device__ void summary_job(const Router& r, unsigned long long* arriving, uint3
     if (own && host_waits) report->counts[local] = static_cast<int32_t>(total);
     // In expert layout the room for rows may cut them, see expert_starts.
     if (own && !expert_layout) r.call.counts[local] = total;
-    totals[e] = round_up(total, r.call.alignment);
+    totals[e] = r.fixed_groups() ? total : r.group_rows(total);
   }
   __syncthreads();
+  // What there has to be room for: the rows of a rank, or those of its fullest group of fixed size.
   // A warp for each rank: no atomics, which all threads would queue up for.
   const uint32_t lane = threadIdx.x % 32;
+  const auto both = [&](unsigned long long a, unsigned long long b) {
+    return r.fixed_groups() ? max(a, b) : a + b;
+  };
   for (uint32_t rank = threadIdx.x / 32; rank < num_ranks; rank += kWarps) {
     unsigned long long rows = 0;
     const uint32_t count = expert_layout ? num_local : r.all_parts();
     for (uint32_t i = lane; i < count; i += 32) {
-      rows += expert_layout ? totals[rank * num_local + i] : r.sent(i, rank);
+      rows = both(rows, expert_layout ? totals[rank * num_local + i] : r.sent(i, rank));
     }
-    for (uint32_t step = 16; step != 0; step /= 2) rows += __shfl_xor_sync(~0u, rows, step);
+    for (uint32_t step = 16; step != 0; step /= 2) {
+      rows = both(rows, __shfl_xor_sync(~0u, rows, step));
+    }
     if (lane == 0) arriving[rank] = rows;
   }
   __syncthreads();

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "comm/launch_args.h"
+#include "ep/row_layout.h"
 
 namespace dualpipe {
 
@@ -24,7 +25,7 @@ struct RouteReport {
   int32_t fault_layout;                   // kMismatch: the settings of that rank
   int32_t fault_alignment;                //
   int32_t fault_zero_copy;                //
-  int32_t fault_limit;                    // kOverflow: the room of that rank
+  int32_t fault_limit;                    // kOverflow: the room of that rank, or of its groups
   int64_t fault_count;                    // kBadIds: how many; kOverflow: rows that would arrive
   int64_t num_rows;                       // rows that arrive at this rank, in the layout asked for
   int32_t matrix[kMaxRanks * kMaxRanks];  // [R, R] tokens that rank s sends to rank d
@@ -35,9 +36,9 @@ struct RouteReport {
 struct RouteCall {
   uint32_t rank;
   uint32_t num_tokens;
-  uint32_t expert_layout;  // 1 for the expert layout
-  uint32_t alignment;
-  int32_t max_rows;  // -1 for any number
+  uint32_t expert_layout;  // RowLayout
+  uint32_t alignment;      // kExpertGroups: rows of a group
+  int32_t max_rows;        // -1 for any number; kExpertGroups: rows of a group
   uint32_t zero_copy;
   uint32_t delay_ns;
   const int64_t* topk_idx;  // [T, K], on 16 bytes

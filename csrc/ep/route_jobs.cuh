@@ -107,7 +107,7 @@ __device__ inline void place_tile_with_repeats(const Router& r, const ReceiveScr
     if (expert < num_local && (same & lanes_below(lane)) == 0) mine[expert] += __popc(same);
     __syncwarp();
     if (token >= num_tokens || s.token_row[token] < 0) continue;
-    if (static_cast<uint64_t>(place) >= r.call.num_rows) place = -1;
+    if (expert < num_local && static_cast<uint64_t>(place) >= r.room_end(expert)) place = -1;
     r.call.positions[uint64_t(s.token_row[token]) * places + k] = place;
   }
 }
@@ -179,7 +179,7 @@ __device__ inline void place_tile(const Router& r, const ReceiveScratch& s, cons
       if (expert >= num_local) continue;
       const int32_t place = static_cast<int32_t>(mine[expert]) +
                             static_cast<int32_t>(before[2 * c + j / 4] >> (8 * (j % 4)) & 0xff);
-      if (static_cast<uint64_t>(place) < r.call.num_rows) found[j] = place;
+      if (static_cast<uint64_t>(place) < r.room_end(expert)) found[j] = place;
     }
 #pragma unroll
     for (uint32_t j = 0; j < 8; j += 4) {
@@ -204,17 +204,17 @@ __device__ inline void expert_starts(const Router& r, uint32_t source, uint32_t 
       before += i < here ? n : 0;
     }
     next[e] = before;
-    ends[e] = round_up(total, r.call.alignment);
+    ends[e] = r.group_rows(total);
     if (here == 0) r.call.counts[e] = total;
   }
   __syncthreads();
   block_inclusive_scan<kRouteWarps>(ends, num_local, warp_sums);
-  const int64_t room = static_cast<int64_t>(r.call.num_rows);
   for (uint32_t e = threadIdx.x; e < num_local; e += kRouteThreads) {
     const int32_t start = e == 0 ? 0 : ends[e - 1];
     next[e] += start;
     if (here == 0) {
       // Rows that there is no room for were never written: nobody may be led to them.
+      const int64_t room = static_cast<int64_t>(r.room_end(e));
       r.call.offsets[e] = static_cast<int32_t>(max(min(int64_t{ends[e]}, room), int64_t{0}));
       r.call.counts[e] = max(min(r.call.counts[e], room - start), int64_t{0});
     }

@@ -64,6 +64,17 @@ struct Router {
   __device__ uint32_t owner(uint32_t expert) const { return by_local.divide(expert); }
   __device__ uint32_t id_pitch() const { return static_cast<uint32_t>(launch.layout.id_pitch); }
 
+  // Expert layout, groups of fixed size.
+  __device__ bool fixed_groups() const { return call.expert_layout == kExpertGroups; }
+  // Rows that the group of an expert with `count` rows takes up.
+  __device__ uint32_t group_rows(uint32_t count) const {
+    return fixed_groups() ? call.alignment : round_up(count, call.alignment);
+  }
+  // Row behind the last that local expert `expert` may have.
+  __device__ uint64_t room_end(uint32_t expert) const {
+    return fixed_groups() ? uint64_t{expert + 1} * call.alignment : call.num_rows;
+  }
+
   __device__ uint32_t num_ranks() const { return launch.peers.num_ranks; }
   __device__ uint32_t parts() const { return launch.layout.parts; }
   __device__ uint32_t top_k() const { return static_cast<uint32_t>(launch.layout.shape.top_k); }

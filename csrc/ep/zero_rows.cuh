@@ -7,13 +7,15 @@
 
 namespace dualpipe {
 
-// Zeroes padding and unused rows of the output. Warp `index` of `count`.
+// Zeroes padding and unused rows of the output, but for groups of fixed size. Warp `index` of
+// `count`.
 class ZeroRows {
  public:
   __device__ ZeroRows(const Dispatch& dispatch, uint32_t index, uint32_t count)
       : d_(dispatch), index_(index), count_(count) {}
 
   __device__ void run() const {
+    if (d_.call.expert_layout == kExpertGroups) return;
     const int64_t num_rows = static_cast<int64_t>(d_.call.num_rows);
     if (d_.call.expert_layout == 0) return rows(d_.first_row(d_.num_ranks(), d_.me()), num_rows);
     // Of 32 experts at once: few have padding, and looking at one after the other would take longer

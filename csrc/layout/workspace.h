@@ -88,9 +88,9 @@ struct RouteCounts {
   enum : uint32_t {
     kTokens,     // of the rank, not of the part
     kBadIds,     // ids out of range, in this part
-    kLayout,     // 0 token, 1 expert
-    kAlignment,  // of the expert layout
-    kMaxRows,    // that the rank has room for, -1 for any number
+    kLayout,     // RowLayout
+    kAlignment,  // of the expert layout, or rows of its groups
+    kMaxRows,    // that the rank, or each of its groups, has room for; -1 for any number
     kZeroCopy,
     kHeader,  // numbers before the counts: [R] tokens for each rank, then [E] rows for each expert
   };

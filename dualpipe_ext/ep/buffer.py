@@ -8,6 +8,9 @@ M expert rows. Expert e lives on rank ``e // (E / R)``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,7 +45,7 @@ class Buffer:
         max_tokens: largest T of any call.
         dtype: widest dtype of rows; communication memory is sized for it (:attr:`memory_bytes`).
         transport: "auto" (the environment variable ``DUALPIPE_TRANSPORT`` if set, else the best
-            available) or a name.
+            available), a name, or several, of which the first that is available counts.
         num_sms: SMs that a communication kernel may take; 0 asks "auto" for the copy engines;
             ignored by transports that have no kernels. :meth:`use_sms` changes it.
         num_slabs: zero-copy outputs that can be alive at once (:meth:`dispatch`).
@@ -74,7 +77,7 @@ class Buffer:
         top_k: int,
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
-        transport: str = "auto",
+        transport: str | Sequence[str] = "auto",
         num_sms: int | None = None,
         num_slabs: int = 1,
         timeout_s: float = 30.0,
@@ -208,6 +211,7 @@ class Buffer:
         async_op: bool = False,
         handle: Handle | None = None,
         max_recv_tokens: int | None = None,
+        rows_per_expert: int | None = None,
         zero_copy: bool | None = None,
     ) -> tuple[TokenMajor | ExpertMajor, Handle]:
         """Send tokens to the ranks of their experts.
@@ -225,10 +229,16 @@ class Buffer:
             alignment: expert layout: rows of each expert are padded to a multiple of it, default 1.
             async_op: CUDA: run on a side stream; the output is usable after ``recv.event.wait()``.
             handle: repeat the routing of an earlier dispatch: ``topk_idx``, ``layout``,
-                ``alignment``, ``max_recv_tokens`` and ``zero_copy`` are its own.
+                ``alignment``, ``max_recv_tokens``, ``rows_per_expert`` and ``zero_copy`` are its
+                own.
             max_recv_tokens: give the output this fixed number of rows, in either layout, the unused
                 ones zero. On the GPU transports the host then waits for nothing, and
                 the call can be captured in a CUDA graph.
+            rows_per_expert: expert layout: give every expert a group of so many rows, the unused
+                ones **not written**, for GEMMs that are told the counts (:class:`ExpertMajor`).
+                The host waits for nothing, as with ``max_recv_tokens``, of which, and of
+                ``alignment``, it takes the place. R x ``max_tokens`` is enough unless tokens
+                name an expert twice.
             zero_copy: token layout: leave the rows where they arrive. ``recv.tokens`` is then a
                 view of one of the buffer's ``num_slabs`` slabs, which is taken until the last
                 tensor that shares its storage is gone; while none is free, rows are copied into a
@@ -238,17 +248,20 @@ class Buffer:
             The received rows, and the handle that :meth:`combine` needs.
 
         Raises:
-            ValueError: wrong arguments. Ids out of range and more rows than ``max_recv_tokens``
-                raise on every rank, naming the one concerned.
+            ValueError: wrong arguments. Ids out of range and more rows than ``max_recv_tokens`` or
+                ``rows_per_expert`` raise on every rank, naming the one concerned; where the host
+                waits for nothing, from :meth:`check`, and rows without room are left out.
             CommTimeoutError: a rank did not take part.
         """
         x, scales = _split_quantized(x)
         self._check_dispatch(x, scales, topk_idx, topk_weights, fp8, handle)
         if handle is None:
-            options = _route_options(layout, alignment, max_recv_tokens, zero_copy)
+            options = self._options(layout, alignment, max_recv_tokens, rows_per_expert, zero_copy)
             handle = self._route(topk_idx, options)
         else:
-            _check_same_route(handle, topk_idx, layout, alignment, max_recv_tokens, zero_copy)
+            asked = {"layout": layout, "alignment": alignment, "zero_copy": zero_copy}
+            asked["rows_per_expert"] = rows_per_expert
+            validate.check_same_route(handle, topk_idx, max_recv_tokens, asked)
         if torch.compiler.is_compiling():
             outputs = ops.dispatch(
                 x, topk_weights, handle, scales=scales, fp8=fp8, pow2_scales=pow2_scales
@@ -342,6 +355,63 @@ class Buffer:
         inputs, outputs = (rows, row_weights), (y, numbers)
         return y, numbers, self._comm_stream.event(async_op, own, inputs=inputs, outputs=outputs)
 
+    def dispatch_weights(
+        self, topk_weights: Tensor, handle: Handle, *, async_op: bool = False
+    ) -> tuple[Tensor, Event]:
+        """Send the numbers of choices to where their rows are, after the rows.
+
+        What ``recv.weights`` or ``recv.topk_weights`` would have been, had :meth:`dispatch` been
+        given them, which takes no extra call: for code that knows weights only when it combines.
+        Not differentiable.
+
+        Args:
+            topk_weights: float32 (or float64) [T, K].
+            handle: what the dispatch returned.
+            async_op: as in :meth:`dispatch`.
+
+        Returns:
+            [M] in expert layout, [N, K] in token layout; and the event.
+
+        Raises:
+            ValueError: wrong arguments.
+            CommTimeoutError: a rank did not take part.
+        """
+        transport = self._transport
+        validate.check_handle(handle, transport)
+        device = handle.counts.device
+        validate.check_topk_weights(topk_weights, handle.num_tokens, device, self.config)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return ops.dispatch_weights(topk_weights, handle, transport), Event()
+        own = ops.resolved(handle)
+        with torch.no_grad(), self._comm_stream.run(async_op, topk_weights):
+            rows = transport.narrowest_rows(handle.num_tokens, device)
+            weights = transport.dispatch(rows, topk_weights, own).weights
+        assert weights is not None
+        inputs, outputs = (rows, topk_weights), (weights,)
+        return weights, self._comm_stream.event(async_op, own, inputs=inputs, outputs=outputs)
+
+    def _options(
+        self,
+        layout: Layout | None,
+        alignment: int | None,
+        max_recv_tokens: int | None,
+        rows_per_expert: int | None,
+        zero_copy: bool | None,
+    ) -> RouteOptions:
+        options = RouteOptions(
+            layout="token" if layout is None else layout,
+            alignment=1 if alignment is None else alignment,
+            max_recv_tokens=max_recv_tokens,
+            zero_copy=bool(zero_copy),
+        )
+        validate.check_options(options)
+        if rows_per_expert is None:
+            return options
+        validate.check_rows_per_expert(rows_per_expert, options, self.config)
+        num_rows = self.config.num_local_experts * rows_per_expert
+        return replace(options, max_recv_tokens=num_rows, rows_per_expert=rows_per_expert)
+
     def _route(self, topk_idx: Tensor, options: RouteOptions) -> Handle:
         if torch.compiler.is_compiling():
             return ops.route(self._transport, self._ticket, topk_idx, options)
@@ -394,50 +464,6 @@ def _place(
     if group is None:
         return 0, 1, None
     return dist.get_rank(group), dist.get_world_size(group), group
-
-
-def _route_options(
-    layout: Layout | None,
-    alignment: int | None,
-    max_recv_tokens: int | None,
-    zero_copy: bool | None,
-) -> RouteOptions:
-    layout = "token" if layout is None else layout
-    alignment = 1 if alignment is None else alignment
-    validate.check_layout(layout, alignment, max_recv_tokens, bool(zero_copy))
-    return RouteOptions(
-        layout=layout,
-        alignment=alignment,
-        max_recv_tokens=max_recv_tokens,
-        zero_copy=bool(zero_copy),
-    )
-
-
-def _check_same_route(
-    handle: Handle,
-    topk_idx: Tensor | None,
-    layout: Layout | None,
-    alignment: int | None,
-    max_recv_tokens: int | None,
-    zero_copy: bool | None,
-) -> None:
-    """A cached dispatch cannot ask for another output than the handle describes."""
-    if topk_idx is not None or max_recv_tokens is not None:
-        raise ValueError(
-            "expected no topk_idx and no max_recv_tokens with a handle, which has its own"
-        )
-    if layout is None and alignment is None and zero_copy is None:
-        return
-    asked = (
-        handle.layout if layout is None else layout,
-        handle.alignment if alignment is None else alignment,
-        handle.zero_copy if zero_copy is None else zero_copy,
-    )
-    if asked != (handle.layout, handle.alignment, handle.zero_copy):
-        raise ValueError(
-            f"expected the handle's layout {handle.layout!r}, alignment {handle.alignment} and "
-            f"zero_copy={handle.zero_copy}, got {asked[0]!r}, {asked[1]} and {asked[2]}"
-        )
 
 
 def _received(

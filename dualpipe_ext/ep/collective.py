@@ -26,8 +26,17 @@ from dualpipe_ext.ep.expand import (
     reduce,
 )
 from dualpipe_ext.ep.fp8 import Quantized, quantize
-from dualpipe_ext.ep.handle import LAYOUTS, Handle
-from dualpipe_ext.ep.transport import Capabilities, RouteOptions, Rows, Transport, TransportConfig
+from dualpipe_ext.ep.handle import Handle
+from dualpipe_ext.ep.transport import (
+    ROW_LAYOUTS,
+    Capabilities,
+    RouteOptions,
+    Rows,
+    Transport,
+    TransportConfig,
+    describe_setting,
+    too_many_rows,
+)
 from dualpipe_ext.kernels.backend import accumulator_dtype
 
 
@@ -52,10 +61,12 @@ class _Announcement:
     """What one rank tells all others before rows move; its order on the wire is :meth:`parse`."""
 
     num_bad_ids: int
-    max_recv_tokens: int
-    """-1: no bound."""
-    layout: int
-    alignment: int
+    limit: int
+    """:attr:`RouteOptions.limit`; -1: none."""
+    row_layout: int
+    """Place in ``ROW_LAYOUTS``."""
+    unit: int
+    """What it rounds groups to."""
     rows: list[int]
     """[R], rows it sends to each rank."""
     pairs: list[int]
@@ -125,6 +136,7 @@ class CollectiveTransport(Transport):
             "owner": self,
             "layout": options.layout,
             "alignment": options.alignment,
+            "rows_per_expert": options.rows_per_expert,
             "num_tokens": topk_idx.shape[0],
             "counts": counts,
             "host_counts": self._host_counts(table) if options.max_recv_tokens is None else None,
@@ -135,7 +147,11 @@ class CollectiveTransport(Transport):
         }
         if options.layout == "expert":
             expert_map = build_map(
-                local_idx, counts, alignment=options.alignment, num_rows=options.max_recv_tokens
+                local_idx,
+                counts,
+                alignment=options.alignment,
+                num_rows=options.max_recv_tokens,
+                rows_per_expert=options.rows_per_expert,
             )
             return CollectiveHandle(
                 **shared,
@@ -164,8 +180,9 @@ class CollectiveTransport(Transport):
     ) -> list[_Announcement]:
         """Tell every rank this rank's counts and options; returns what all ranks told, by rank."""
         num_bad = (~valid & (topk_idx != -1)).sum().view(1)
-        bound = -1 if options.max_recv_tokens is None else options.max_recv_tokens
-        settings = [bound, LAYOUTS.index(options.layout), options.alignment]
+        row_layout, unit = options.setting
+        limit = -1 if options.limit is None else options.limit
+        settings = [limit, ROW_LAYOUTS.index(row_layout), unit]
         pairs = torch.bincount(topk_idx[valid], minlength=self.config.num_experts)
         message = torch.cat([num_bad, num_bad.new_tensor(settings), goes_to.sum(0), pairs])
         everyone = self._exchange.gather(message, "dispatch (counts)").tolist()
@@ -253,29 +270,29 @@ def _check_announcements(
         raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
 
     for rank, told in enumerate(table):
-        layout = LAYOUTS[told.layout]
-        if (layout, told.alignment) != (options.layout, options.alignment):
+        setting = ROW_LAYOUTS[told.row_layout], told.unit
+        if setting != options.setting:
             raise ValueError(
-                f"expected the same layout and alignment on all ranks, got {options.layout!r} and "
-                f"{options.alignment} at rank {config.rank}, {layout!r} and {told.alignment} at "
-                f"rank {rank}"
+                "expected the same layout and alignment on all ranks, got "
+                f"{describe_setting(*options.setting)} at rank {config.rank}, "
+                f"{describe_setting(*setting)} at rank {rank}"
             )
         arriving = _rows_at(rank, table, config.num_local_experts, options)
-        if 0 <= told.max_recv_tokens < arriving:
-            raise ValueError(
-                f"expected at most max_recv_tokens={told.max_recv_tokens} rows at rank {rank}, "
-                f"got {arriving}"
-            )
+        if 0 <= told.limit < arriving:
+            raise too_many_rows(setting[0], told.limit, rank, arriving)
 
 
 def _rows_at(
     rank: int, table: list[_Announcement], num_local_experts: int, options: RouteOptions
 ) -> int:
-    """Rows that all sources together bring to one rank, in the layout asked for."""
+    """Rows that all sources together bring to one rank, in the layout asked for, or to its fullest
+    group of fixed size."""
     if options.layout == "token":
         return sum(source.rows[rank] for source in table)
     experts = range(rank * num_local_experts, (rank + 1) * num_local_experts)
     totals = [sum(source.pairs[e] for source in table) for e in experts]
+    if options.rows_per_expert is not None:
+        return max(totals)
     return sum(-(-total // options.alignment) * options.alignment for total in totals)
 
 

@@ -184,7 +184,7 @@ class CopyEngineTransport(PeerTransport):
         self, source: kernel_calls.DispatchInput, handle: PeerHandle
     ) -> tuple[Any, Any]:
         numbers = None if source.weights is None else source.weights.dtype
-        key = (source.payload, source.rows.dtype, numbers, handle.layout)
+        key = (source.payload, source.rows.dtype, source.in_bytes, numbers, handle.layout)
         if key not in self._shapes:
             ctas = self._sms(handle)
             pack = tuning.for_pack(source, ctas, self.config)

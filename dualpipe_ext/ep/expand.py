@@ -44,7 +44,12 @@ class ExpertMap:
 
 
 def build_map(
-    topk_idx: Tensor, counts: Tensor, *, alignment: int = 1, num_rows: int | None = None
+    topk_idx: Tensor,
+    counts: Tensor,
+    *,
+    alignment: int = 1,
+    num_rows: int | None = None,
+    rows_per_expert: int | None = None,
 ) -> ExpertMap:
     """Lay out expert groups for the choices of N token rows.
 
@@ -53,6 +58,7 @@ def build_map(
         counts: int64 [G], pairs of each expert.
         alignment: each group's rows are padded to a multiple of this.
         num_rows: rows of the expert layout, at least the padded total; default the total.
+        rows_per_expert: of every group, instead of an alignment; at least the largest count.
 
     >>> topk_idx = torch.tensor([[1, -1], [0, 1], [-1, 1]])
     >>> m = build_map(topk_idx, torch.tensor([1, 3]), alignment=2)
@@ -63,7 +69,10 @@ def build_map(
     row, choice = here.nonzero(as_tuple=True)
     turn = (here.cumsum(dim=1) - 1)[row, choice]
     expert = topk_idx[row, choice]
-    ends = ((counts + alignment - 1) // alignment * alignment).cumsum(0)
+    sizes = (counts + alignment - 1) // alignment * alignment
+    if rows_per_expert is not None:
+        sizes = torch.full_like(counts, rows_per_expert)
+    ends = sizes.cumsum(0)
     # Stable: inside an expert the pairs stay in (row, choice) order.
     order = torch.argsort(expert, stable=True)
     by_expert = expert[order]

@@ -64,6 +64,8 @@ class Handle(_WeaklyReferable):
     """The same as numbers, where the host has waited for them; see :class:`Received`."""
     zero_copy: bool = False
     """Whether rows are left in the communication buffer if they can be."""
+    rows_per_expert: int | None = None
+    """Rows of each expert's group, where that was given."""
     key: int = field(init=False, repr=False)
     """Its number in this process, by which compiled code names it (see ``ops.py``)."""
 
@@ -148,6 +150,10 @@ class ExpertMajor(Received):
     names an expert twice has two rows, in top-k order); each expert's rows are followed by zero
     rows up to a multiple of ``alignment``: ``tokens`` [M, H]. Rows past ``offsets[-1]``, which
     exist only with ``max_recv_tokens``, are zero too.
+
+    With ``rows_per_expert=n`` every group has n rows, ``tokens.view(E/R, n, H)``, of which the
+    first ``counts`` are filled; **the others are not written**, nor are their scales and weights:
+    what reads the rows must be told the counts, as masked grouped GEMMs are.
     """
 
     offsets: Tensor

@@ -92,13 +92,14 @@ def dispatch_output(
     transport: PeerTransport, source: DispatchInput, handle: PeerHandle
 ) -> DispatchOutput:
     """Allocate the output; rows stay in the communication buffer if asked and if a slab is free."""
-    num_rows, hidden = handle.num_rows, transport.config.hidden
+    num_rows, hidden = handle.num_rows, source.rows.shape[1]
     rows, dtype, num_scales = source.rows, source.out_dtype, source.num_scales
     weights = None
     if source.weights is not None:
         shape = (num_rows,) if handle.layout == "expert" else (num_rows, source.weights.shape[1])
         weights = source.weights.new_empty(shape)
     keep = handle.zero_copy and transport.capabilities.zero_copy
+    keep = keep and hidden == transport.config.hidden
     taken = transport.take_slab(num_rows, dtype, num_scales) if keep else None
     if taken is not None:
         pitch = taken.rows.stride(0) * dtype.itemsize

@@ -26,6 +26,8 @@ class LowLatencyTransport(NVLinkTransport):
     capabilities: ClassVar[Capabilities] = Capabilities(
         dtypes=ROW_DTYPES, syncs_host=False, zero_copy=False
     )
+    # Weights go alone.
+    least_row_bytes = 0
     # The two inboxes.
     transit_slabs = 2
     # Nothing else runs while a decoder waits. With half as many a combine takes a tenth longer,

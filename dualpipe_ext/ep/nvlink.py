@@ -101,7 +101,7 @@ class NVLinkTransport(PeerTransport):
     def _launch_combine(self, calls: tuple[Any, ...], plan: Any, stream: int) -> None:
         self.core.combine(self.comm, calls, plan, stream)
 
-    # --- what calls of a kind have in common, made once; all rows have the Buffer's hidden --------
+    # --- what calls of a kind have in common, made once -------------------------------------------
 
     def forget_plans(self) -> None:
         """For those who try out other tunings."""
@@ -111,7 +111,7 @@ class NVLinkTransport(PeerTransport):
         self, source: kernel_calls.DispatchInput, handle: PeerHandle, in_slab: bool
     ) -> Any:
         numbers = None if source.weights is None else source.weights.dtype
-        key = (source.payload, source.rows.dtype, numbers, handle.layout, in_slab)
+        key = (source.payload, source.rows.dtype, source.in_bytes, numbers, handle.layout, in_slab)
         plan = self._plans.get(key)
         if plan is None:
             tuned = tuning.for_dispatch(source, handle, in_slab, self.num_sms, self.config)

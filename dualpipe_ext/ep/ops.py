@@ -19,7 +19,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ def route(
         options.alignment,
         options.max_recv_tokens,
         options.zero_copy,
+        options.rows_per_expert,
     )
     counts, row_idx, offsets = torch.ops.dualpipe_ext.describe(
         topk_idx,
@@ -78,6 +79,7 @@ def route(
         owner=transport,
         layout=options.layout,
         alignment=options.alignment,
+        rows_per_expert=options.rows_per_expert,
         num_tokens=topk_idx.shape[0],
         num_rows=row_idx.shape[0],
         topk_idx=None if is_expert else row_idx,
@@ -140,6 +142,21 @@ def combine_with_weights(
     )
 
 
+def dispatch_weights(topk_weights: Tensor, handle: Handle, transport: Transport) -> Tensor:
+    """What :meth:`Transport.dispatch` does with weights alone; not differentiable."""
+    _, _, weights = torch.ops.dualpipe_ext.dispatch_rows(
+        transport.narrowest_rows(handle.num_tokens, topk_weights.device),
+        None,
+        topk_weights,
+        _ticket_of(handle),
+        handle.num_rows,
+        handle.layout,
+        False,
+        False,
+    )
+    return weights
+
+
 def _ticket_of(handle: Handle) -> Tensor:
     if isinstance(handle, TracedHandle):
         return handle.ticket
@@ -194,20 +211,12 @@ def _fake_lease(key: int) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
-def _route(
-    topk_idx: Tensor,
-    transport_ticket: Tensor,
-    layout: Layout,
-    alignment: int,
-    max_recv_tokens: int | None,
-    zero_copy: bool,
-) -> Tensor:
+def _route(topk_idx: Tensor, transport_ticket: Tensor, *values: Any) -> Tensor:
     transport = redeem(transport_ticket)
     assert isinstance(transport, Transport)
-    validate.check_capture(topk_idx, max_recv_tokens, transport)
-    options = RouteOptions(
-        layout=layout, alignment=alignment, max_recv_tokens=max_recv_tokens, zero_copy=zero_copy
-    )
+    names = (option.name for option in fields(RouteOptions))
+    options = RouteOptions(**dict(zip(names, values, strict=True)))
+    validate.check_capture(topk_idx, options.max_recv_tokens, transport)
     return make_ticket(transport.route(topk_idx, options))
 
 
@@ -324,7 +333,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 _define("lease(SymInt key) -> Tensor", _lease, _fake_lease)
 _define_effect(
     "route(Tensor topk_idx, Tensor transport_ticket, str layout, SymInt alignment, "
-    "SymInt? max_recv_tokens, bool zero_copy) -> Tensor",
+    "SymInt? max_recv_tokens, bool zero_copy, SymInt? rows_per_expert) -> Tensor",
     _route,
     _fake_route,
 )

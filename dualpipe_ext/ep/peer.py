@@ -18,10 +18,16 @@ from dualpipe_ext import core
 from dualpipe_ext.ep import kernel_calls, memory
 from dualpipe_ext.ep.device_arrays import address, current_device, current_stream, rows_on_16_bytes
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized
-from dualpipe_ext.ep.handle import LAYOUTS
 from dualpipe_ext.ep.peer_handle import PeerHandle
 from dualpipe_ext.ep.slabs import FreeSlabs, SlabPool, SlabRows
-from dualpipe_ext.ep.transport import Capabilities, RouteOptions, Transport, TransportConfig
+from dualpipe_ext.ep.transport import (
+    Capabilities,
+    RouteOptions,
+    Transport,
+    TransportConfig,
+    describe_setting,
+    too_many_rows,
+)
 from dualpipe_ext.errors import CommTimeoutError
 
 T = TypeVar("T")
@@ -153,15 +159,13 @@ class PeerTransport(Transport):
             value = int(topk_idx[token, choice])
             raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
         if fault["fault"] == "overflow":
-            raise ValueError(
-                f"expected at most max_recv_tokens={fault['limit']} rows at rank {rank}, "
-                f"got {fault['count']}"
-            )
-        mine = "" if options is None else f", got {options.layout!r} and {options.alignment}"
+            raise too_many_rows(fault["layout"], fault["limit"], rank, fault["count"])
+        mine = "" if options is None else f", got {describe_setting(*options.setting)}"
+        theirs = describe_setting(fault["layout"], fault["alignment"])
         raise ValueError(
             f"expected the same layout and alignment on all ranks{mine} at rank "
-            f"{self.config.rank}, {LAYOUTS[fault['layout']]!r} and {fault['alignment']} at rank "
-            f"{rank}" + (" with zero_copy" if fault["zero_copy"] else "")
+            f"{self.config.rank}, {theirs} at rank {rank}"
+            + (" with zero_copy" if fault["zero_copy"] else "")
         )
 
     def reset(self) -> None:
@@ -310,6 +314,7 @@ class PeerTransport(Transport):
             owner=self,
             layout=options.layout,
             alignment=options.alignment,
+            rows_per_expert=options.rows_per_expert,
             zero_copy=options.zero_copy,
             num_tokens=topk_idx.shape[0],
             num_rows=num_rows,
@@ -335,13 +340,13 @@ class PeerTransport(Transport):
         What users see is in tensors of its own, all that only kernels read is in one.
         """
         config, layout, num_tokens = self.config, self._layout, topk_idx.shape[0]
-        expert = options.layout == "expert"
+        row_layout, _ = options.setting
         kind = self.core.HandleArrays
-        num_bytes = kind.bytes(layout, num_tokens, expert, self.moves_parts)
+        num_bytes = kind.bytes(layout, num_tokens, row_layout, self.moves_parts)
         memory = topk_idx.new_empty(num_bytes // 8)
         counts = topk_idx.new_empty(config.num_local_experts)
         topk_local = offsets = None
-        if expert:
+        if options.layout == "expert":
             offsets = topk_idx.new_empty(config.num_local_experts, dtype=torch.int32)
         else:
             most_rows = options.max_recv_tokens
@@ -352,7 +357,7 @@ class PeerTransport(Transport):
             layout,
             config.rank,
             num_tokens,
-            expert,
+            row_layout,
             self.moves_parts,
             memory.data_ptr(),
             address(topk_local),
@@ -368,15 +373,15 @@ class PeerTransport(Transport):
         }
 
     def _launch_route(self, topk_idx: Tensor, options: RouteOptions, found: dict[str, Any]) -> None:
-        bound = room = options.max_recv_tokens
-        report = _UNWATCHED
+        bound, room, report = options.limit, options.max_recv_tokens, _UNWATCHED
         if bound is None:
             report, bound = _WATCHED, -1
             self._reports.expect(_WATCHED)
             # How many rows the expert layout will have is not known yet; none is left out.
             room = 2**31 - 1 if found["topk_idx"] is None else found["topk_idx"].shape[0]
+        _, unit = options.setting
         call = found["arrays"].route_call(
-            options.alignment,
+            unit,
             bound,
             options.zero_copy,
             self.delays_ns[0],

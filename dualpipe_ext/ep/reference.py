@@ -73,10 +73,14 @@ def dispatch(
     layout: Layout = "token",
     alignment: int = 1,
     max_recv_tokens: int | None = None,
+    rows_per_expert: int | None = None,
     fp8: bool = False,
     pow2_scales: bool = False,
 ) -> list[TokenMajor] | list[ExpertMajor]:
-    """What every rank receives; arguments as of ``Buffer.dispatch``, by rank."""
+    """What every rank receives; arguments as of ``Buffer.dispatch``, by rank.
+
+    Rows that ``rows_per_expert`` leaves unwritten are zero here.
+    """
     scales = None
     if fp8:
         xs, scales = zip(*(quantize(x, pow2_scales=pow2_scales) for x in xs), strict=True)
@@ -101,7 +105,7 @@ def dispatch(
                 )
             )
         else:
-            groups = _expert_groups(token_rows, num_local, alignment)
+            groups = _expert_groups(token_rows, num_local, alignment, rows_per_expert)
             choices = [choice for group in groups for choice in group]
             choices += [None] * ((max_recv_tokens or 0) - len(choices))
             rows = [None if c is None else token_rows[c.n] for c in choices]
@@ -126,6 +130,7 @@ def combine(
     num_experts: int,
     layout: Layout = "token",
     alignment: int = 1,
+    rows_per_expert: int | None = None,
     weights: Sequence[Tensor] | None = None,
     biases: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
@@ -141,7 +146,7 @@ def combine(
     totals = [torch.zeros(len(idx), hidden, dtype=exact) for idx in topk_idx]
     for rank in range(len(rows)):
         token_rows = _token_rows(rank, topk_idx, num_local)
-        groups = _expert_groups(token_rows, num_local, alignment)
+        groups = _expert_groups(token_rows, num_local, alignment, rows_per_expert)
         place = {choice: m for m, choice in enumerate(c for group in groups for c in group)}
         for n, token_row in enumerate(token_rows):
             if layout == "token":
@@ -172,7 +177,7 @@ def _token_rows(rank: int, topk_idx: Sequence[Tensor], num_local: int) -> list[_
 
 
 def _expert_groups(
-    token_rows: list[_TokenRow], num_local: int, alignment: int
+    token_rows: list[_TokenRow], num_local: int, alignment: int, rows_per_expert: int | None
 ) -> list[list[_Choice | None]]:
     """The rows of one rank in expert layout, by local expert; None is padding."""
     groups = []
@@ -183,7 +188,7 @@ def _expert_groups(
             for k, chosen in enumerate(row.local_ids)
             if chosen == expert
         ]
-        while len(group) % alignment:
+        while len(group) % alignment or len(group) < (rows_per_expert or 0):
             group.append(None)
         groups.append(group)
     return groups

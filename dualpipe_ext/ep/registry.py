@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dualpipe_ext import env
 from dualpipe_ext.ep.collective import CollectiveTransport
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
@@ -31,30 +33,48 @@ def transport_status(config: TransportConfig) -> dict[str, str | None]:
     return {kind.name: kind.unavailable(config) for kind in _TRANSPORTS}
 
 
-def create_transport(name: str, config: TransportConfig) -> Transport:
+def create_transport(name: str | Sequence[str], config: TransportConfig) -> Transport:
     """Make the transport of that name; ``auto`` is the best available one.
 
-    ``DUALPIPE_TRANSPORT`` in the environment, where set, decides what ``auto`` means.
+    Of several names the first that is available counts. ``DUALPIPE_TRANSPORT`` in the environment,
+    where set, decides what ``auto`` means.
 
     Raises:
-        ValueError: the name is unknown here, or the transport cannot be used on this machine.
+        ValueError: a name is unknown here, or the transport cannot be used on this machine.
     """
     asked_by = "transport"
+    if not isinstance(name, str):
+        if not name:
+            raise ValueError("expected transport to be a name or several, got none")
+        *preferred, name = name
+        for other in preferred:
+            kind = _named(other, asked_by)
+            if kind is None or kind.unavailable(config) is None:
+                name = other
+                break
     if name == "auto":
         name = env.read(ENVIRONMENT_VARIABLE)
         asked_by = ENVIRONMENT_VARIABLE
-    if name == "auto":
-        return _best(config)
-    kind = {kind.name: kind for kind in _TRANSPORTS}.get(name)
+    kind = _named(name, asked_by)
     if kind is None:
-        names = ", ".join(transport_names())
-        raise ValueError(f"expected {asked_by} to be one of {names}, got {name!r}")
+        return _best(config)
     reason = kind.unavailable(config)
     if reason is not None:
         raise ValueError(
             f"expected {asked_by} to be one that can be used here, got {name!r}: {reason}"
         )
     return kind(config)
+
+
+def _named(name: str, asked_by: str) -> type[Transport] | None:
+    """None for ``auto``."""
+    if name == "auto":
+        return None
+    for kind in _TRANSPORTS:
+        if kind.name == name:
+            return kind
+    names = ", ".join(transport_names())
+    raise ValueError(f"expected {asked_by} to be one of {names}, got {name!r}")
 
 
 def _best(config: TransportConfig) -> Transport:

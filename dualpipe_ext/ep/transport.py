@@ -66,6 +66,44 @@ class RouteOptions:
     """Rows of the output, fixed; None for as many as arrive."""
     zero_copy: bool = False
     """Token layout: leave the rows in the communication buffer if a slab of it is free."""
+    rows_per_expert: int | None = None
+    """Expert layout: groups of so many rows each, which are ``max_recv_tokens`` together."""
+
+    @property
+    def setting(self) -> tuple[str, int]:
+        """What must be the same on all ranks, as ranks tell each other: one of ``ROW_LAYOUTS``, and
+        what it rounds groups to."""
+        if self.rows_per_expert is not None:
+            return "groups", self.rows_per_expert
+        return self.layout, self.alignment
+
+    @property
+    def limit(self) -> int | None:
+        """Most rows, of this rank or of each of its groups."""
+        return self.max_recv_tokens if self.rows_per_expert is None else self.rows_per_expert
+
+
+ROW_LAYOUTS = ("token", "expert", "groups")
+"""By their numbers in csrc/ep/row_layout.h."""
+
+
+def describe_setting(row_layout: str, unit: int) -> str:
+    """A :attr:`RouteOptions.setting` in words."""
+    return (
+        f"'expert' and {unit} rows per expert"
+        if row_layout == "groups"
+        else (f"{row_layout!r} and {unit}")
+    )
+
+
+def too_many_rows(row_layout: str, limit: int, rank: int, count: int) -> ValueError:
+    """For more rows than :attr:`RouteOptions.limit` of some rank."""
+    if row_layout == "groups":
+        return ValueError(
+            f"expected at most rows_per_expert={limit} rows of each expert at rank {rank}, "
+            f"got {count}"
+        )
+    return ValueError(f"expected at most max_recv_tokens={limit} rows at rank {rank}, got {count}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +150,15 @@ class Transport(ABC):
     def unavailable(cls, config: TransportConfig) -> str | None:
         """Why this machine or group cannot use the transport, in one line; None if it can."""
 
+    # Bytes of the narrowest row that it moves.
+    least_row_bytes: ClassVar[int] = 16
+
+    def narrowest_rows(self, num_tokens: int, device: torch.device) -> Tensor:
+        """[T, ...] to go with weights that are dispatched for themselves."""
+        dtype = self.config.dtype
+        shape = (num_tokens, self.least_row_bytes // dtype.itemsize)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
     @property
     def memory_bytes(self) -> int:
         """Communication memory that this rank holds on its device."""
@@ -147,7 +194,8 @@ class Transport(ABC):
 
         Raises:
             ValueError: on **every** rank, if any rank has an id out of range, routes to more rows
-                than a rank's ``max_recv_tokens``, or was given another layout or alignment.
+                than a rank's ``max_recv_tokens`` or ``rows_per_expert``, or was given another
+                layout or alignment.
         """
 
     @abstractmethod
@@ -163,7 +211,8 @@ class Transport(ABC):
         """Send each token's row to every rank that has one of its experts, once.
 
         Args:
-            x: [T, H], any strides; or rows already quantised, which are sent as they are.
+            x: [T, H], any strides; or rows already quantised, which are sent as they are; or
+                :meth:`narrowest_rows`.
             topk_weights: [T, K]; given on all ranks or on none.
             handle: from :meth:`route`, used for the first time or again.
             fp8: quantise the rows on the way (``x`` is a tensor).

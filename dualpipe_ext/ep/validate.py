@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualpipe_ext.ep.fp8 import BLOCK
 from dualpipe_ext.ep.handle import LAYOUTS, Handle
-from dualpipe_ext.ep.transport import Transport, TransportConfig
+from dualpipe_ext.ep.transport import RouteOptions, Transport, TransportConfig
 from dualpipe_ext.timeouts import check_timeout
 
 MAX_TOP_K = 32
@@ -110,17 +110,51 @@ def check_handle(handle: object, transport: Transport) -> None:
         raise ValueError("expected a handle that this Buffer's dispatch returned, got another's")
 
 
-def check_layout(layout: str, alignment: int, max_recv_tokens: int | None, zero_copy: bool) -> None:
+def check_options(options: RouteOptions) -> None:
     """Check how the output of a dispatch is asked for."""
+    layout, alignment = options.layout, options.alignment
     if layout not in LAYOUTS:
         raise ValueError(f"expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}")
     _expect_int("alignment", alignment, least=1, most=MAX_ROWS)
     if layout == "token" and alignment != 1:
         raise ValueError(f"expected alignment=1 with layout='token', got {alignment}")
-    if layout == "expert" and zero_copy:
+    if layout == "expert" and options.zero_copy:
         raise ValueError("expected zero_copy=False with layout='expert', got True")
-    if max_recv_tokens is not None:
-        _expect_int("max_recv_tokens", max_recv_tokens, least=0, most=MAX_ROWS)
+    if options.max_recv_tokens is not None:
+        _expect_int("max_recv_tokens", options.max_recv_tokens, least=0, most=MAX_ROWS)
+
+
+def check_rows_per_expert(
+    rows_per_expert: int, options: RouteOptions, config: TransportConfig
+) -> None:
+    """Check groups of fixed size, before their rows are counted."""
+    most = MAX_ROWS // config.num_local_experts
+    _expect_int("rows_per_expert", rows_per_expert, least=1, most=most)
+    if options.layout != "expert":
+        raise ValueError(f"expected layout='expert' with rows_per_expert, got {options.layout!r}")
+    if options.alignment != 1 or options.max_recv_tokens is not None:
+        raise ValueError(
+            "expected neither alignment nor max_recv_tokens with rows_per_expert, got "
+            f"alignment={options.alignment} and max_recv_tokens={options.max_recv_tokens}"
+        )
+
+
+def check_same_route(
+    handle: Handle, topk_idx: Tensor | None, max_recv_tokens: int | None, asked: dict[str, object]
+) -> None:
+    """A cached dispatch cannot ask for another output than the handle describes.
+
+    Args:
+        asked: names of the handle's fields, and what was given for them, None if nothing.
+    """
+    if topk_idx is not None or max_recv_tokens is not None:
+        raise ValueError(
+            "expected no topk_idx and no max_recv_tokens with a handle, which has its own"
+        )
+    for name, value in asked.items():
+        own = getattr(handle, name)
+        if value is not None and value != own:
+            raise ValueError(f"expected the handle's {name}={own!r}, got {value!r}")
 
 
 def check_combine(rows: Tensor, handle: Handle, transport: Transport) -> None:

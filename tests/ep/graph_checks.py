@@ -67,6 +67,24 @@ def graph_of_a_cached_handle(ranks: Ranks) -> None:
     _compare(ranks, buffer, layer, (x, None, weights), "cached")
 
 
+def graph_of_groups(ranks: Ranks) -> None:
+    """Groups of fixed size, and weights that come when the rows go back: what a server replays."""
+    case = _draw(ranks, 0)
+    buffer = ranks.make_buffer(case)
+    x, idx, weights = ranks.inputs(case)
+
+    @torch.no_grad()
+    def layer() -> dict[str, Tensor]:
+        recv, handle = buffer.dispatch(x, idx, layout="expert", rows_per_expert=ROOM)
+        late, _ = buffer.dispatch_weights(weights, handle)
+        y, _ = buffer.combine(recv.tokens * 2, handle, weights=late)
+        groups = recv.tokens.view(len(recv.counts), ROOM, -1)
+        filled = torch.arange(ROOM, device=x.device) < recv.counts.unsqueeze(1)
+        return {"recv": groups.where(filled.unsqueeze(2), 0), "y": y, "counts": recv.counts}
+
+    _compare(ranks, buffer, layer, (x, idx, weights), "groups")
+
+
 def _draw(ranks: Ranks, seed: int) -> Case:
     """Every rank has the same T in all draws: the shapes of a graph are fixed."""
     return make_case(

@@ -243,7 +243,8 @@ def mistake_in_data(
     At once, but from ``buffer.check()`` by a transport that does not wait for the device, if the
     output is of a fixed size. There is an output then, which is returned too.
     """
-    if not has_kernels(buffer) or options.get("max_recv_tokens") is None:
+    waits = all(options.get(bound) is None for bound in ("max_recv_tokens", "rows_per_expert"))
+    if not has_kernels(buffer) or waits:
         return raises(ValueError, buffer.dispatch, *args, **options), None
     recv, _ = buffer.dispatch(*args, **options)
     ranks.synchronize()

@@ -170,6 +170,11 @@ F8 = quantize(torch.ones(3, 128))
         ({"alignment": 0}, "expected alignment to be an integer of at least 1, got 0"),
         ({"max_recv_tokens": 1}, "expected at most max_recv_tokens=1 rows at rank 0, got 2"),
         ({"max_recv_tokens": -1}, "max_recv_tokens to be an integer of at least 0, got -1"),
+        ({"rows_per_expert": 4}, "expected layout='expert' with rows_per_expert, got 'token'"),
+        ({"layout": "expert", "rows_per_expert": 0}, "rows_per_expert to be an integer of at"),
+        ({"layout": "expert", "rows_per_expert": 2**30}, "rows_per_expert of at most 536870911"),
+        ({"layout": "expert", "rows_per_expert": 4, "alignment": 4}, "got alignment=4 and max"),
+        ({"layout": "expert", "rows_per_expert": 4, "max_recv_tokens": 9}, "max_recv_tokens=9"),
     ],
 )  # fmt: skip
 def test_bad_dispatch(buffer: Buffer, arguments: dict[str, Any], message: str) -> None:
@@ -209,8 +214,10 @@ def test_rows_must_be_whole_16_bytes() -> None:
     [
         ({"topk_idx": IDX}, "expected no topk_idx and no max_recv_tokens with a handle"),
         ({"max_recv_tokens": 9}, "expected no topk_idx and no max_recv_tokens with a handle"),
-        ({"layout": "expert"}, "the handle's layout 'token', alignment 1 and zero_copy=False, got"),
-        ({"alignment": 0}, "zero_copy=False, got 'token', 0 and False"),
+        ({"layout": "expert"}, "expected the handle's layout='token', got 'expert'"),
+        ({"alignment": 0}, "expected the handle's alignment=1, got 0"),
+        ({"zero_copy": True}, "expected the handle's zero_copy=False, got True"),
+        ({"rows_per_expert": 3}, "expected the handle's rows_per_expert=None, got 3"),
         ({"x": X[:2]}, "expected x of the handle's 3 rows, got 2"),
         ({"handle": 7}, "expected a Handle from Buffer.dispatch, got int"),
         ({"handle": "other"}, "a handle that this Buffer's dispatch returned, got another's"),

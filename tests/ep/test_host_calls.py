@@ -175,6 +175,42 @@ def test_few_tokens_have_kernels_of_their_own(launches: ModuleType, inputs: tupl
     assert not memory[: layout.control_bytes].any()
 
 
+def test_groups_of_fixed_size(buffer: Buffer, inputs: tuple, launches: ModuleType) -> None:
+    x, idx, weights = inputs
+    launches.take_launches()
+    recv, handle = buffer.dispatch(x, idx, weights, layout="expert", rows_per_expert=5)
+    route, dispatch = launches.take_launches()
+    num_rows = E // RANKS * 5
+    assert (route["expert_layout"], route["alignment"]) == (2, 5)
+    assert (route["max_rows"], route["num_rows"]) == (5, num_rows)
+    assert (dispatch["expert_layout"], dispatch["num_rows"]) == (2, num_rows)
+    assert len(recv.tokens) == len(recv.weights) == handle.num_rows == num_rows
+    assert recv.host_counts is None
+    expect_arrays(dispatch, handle)
+
+
+@pytest.mark.parametrize(("transport", "row"), [("nvlink", 16), ("low_latency", 0)])
+def test_weights_go_with_the_narrowest_rows(
+    launches: ModuleType, inputs: tuple, transport: str, row: int
+) -> None:
+    """Also between calls of the same kind, whose sizes stay their own; they take no slab."""
+    x, idx, weights = inputs
+    with host_core.as_rank(1, RANKS):
+        buffer = make_buffer(transport)
+    recv, handle = buffer.dispatch(x, idx, weights, zero_copy=True)
+    for _ in range(2):
+        launches.take_launches()
+        late, _ = buffer.dispatch_weights(weights, handle)
+        buffer.dispatch(x, None, weights, handle=handle)
+        of_weights, of_rows = launches.take_launches()
+        for told, size in ((of_weights, row), (of_rows, 2 * H)):
+            assert (told["in_bytes"], told["out_bytes"], told["out_pitch"]) == (size,) * 3
+            assert told["weight_bytes"] == 4
+        assert of_weights["out_weights"] == late.data_ptr()
+        assert of_weights["keep_in_slab"] == 0
+        assert late.shape == recv.topk_weights.shape
+
+
 def test_float64_and_its_numbers(launches: ModuleType, inputs: tuple) -> None:
     _, idx, weights = inputs
     with host_core.as_rank(1, RANKS):

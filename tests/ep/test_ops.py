@@ -125,6 +125,22 @@ def test_graph_breaks(buffer: Buffer, rows: int | None, graphs: int) -> None:
     assert counter.frame_count == graphs
 
 
+def test_groups_of_fixed_size_and_late_weights(buffer: Buffer) -> None:
+    def layer(x: Tensor, idx: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        recv, handle = buffer.dispatch(x, idx, layout="expert", rows_per_expert=40)
+        weights, _ = buffer.dispatch_weights(w, handle)
+        return recv.tokens, buffer.combine(expert(recv.tokens), handle, weights=weights)[0]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for num_tokens in (16, 7):
+            inputs = draw(num_tokens, seed=num_tokens)
+            for got, want in zip(compiled(*inputs), layer(*inputs), strict=True):
+                assert torch.equal(got, want)
+    assert counter.frame_count <= 2
+
+
 def test_without_gradients(buffer: Buffer) -> None:
     compiled = torch.compile(
         functools.partial(expert_layer, buffer), backend="aot_eager", fullgraph=True
@@ -350,9 +366,9 @@ def test_opcheck_of_routing(buffer: Buffer, layout: str, rows: int | None) -> No
     _, idx, _ = draw(6)
     # Every ticket has its own number, so that two calls never have the same result.
     tests = tuple(ALL_TESTS - {"test_aot_dispatch_dynamic"})
-    options = (layout, 1, rows, False)
+    options = (layout, 1, rows, False, None)
     check(OPS.route.default, idx, buffer._ticket, *options, test_utils=tests)
-    ticket = OPS.route(idx, buffer._ticket, layout, 1, rows, False)
+    ticket = OPS.route(idx, buffer._ticket, *options)
     check(OPS.describe.default, idx, ticket, EXPERTS, layout, rows)
 
 
@@ -360,7 +376,7 @@ def test_opcheck_of_routing(buffer: Buffer, layout: str, rows: int | None) -> No
 @pytest.mark.parametrize("layout", ["token", "expert"])
 def test_opcheck_of_moving_rows(buffer: Buffer, layout: str, fp8: bool) -> None:
     x, idx, w = draw(6)
-    ticket = OPS.route(idx, buffer._ticket, layout, 1, ROWS, False)
+    ticket = OPS.route(idx, buffer._ticket, layout, 1, ROWS, False, None)
     counts, _, offsets = OPS.describe(idx, ticket, EXPERTS, layout, ROWS)
     # The other tests do sums with the results, which torch has not for FP8.
     tests = ("test_faketensor", "test_autograd_registration") if fp8 else tuple(ALL_TESTS)

@@ -13,6 +13,7 @@ import pytest
 from tests.ep import (
     fault_checks,
     gradient_checks,
+    group_checks,
     rank_checks,
     stress_checks,
     switching_checks,
@@ -88,6 +89,18 @@ def test_mistakes(environment: Environment, num_ranks: int) -> None:
         rank_checks.bad_ids_raise_everywhere,
         rank_checks.too_many_rows_raise_everywhere,
         rank_checks.other_settings_raise_everywhere,
+    )
+
+
+@on()
+def test_groups(environment: Environment, num_ranks: int) -> None:
+    environment.run(
+        num_ranks,
+        group_checks.groups_equal_reference,
+        group_checks.fp8_groups_equal_reference,
+        group_checks.too_full_groups_raise_everywhere,
+        group_checks.other_groups_raise_everywhere,
+        group_checks.weights_that_come_late,
     )
 
 

@@ -54,7 +54,10 @@ def test_virtual_ranks_take_the_callers_stream() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_graphs(environment: Environment, num_ranks: int) -> None:
     environment.run(
-        num_ranks, graph_checks.graph_equals_eager, graph_checks.graph_of_a_cached_handle
+        num_ranks,
+        graph_checks.graph_equals_eager,
+        graph_checks.graph_of_a_cached_handle,
+        graph_checks.graph_of_groups,
     )
 
 

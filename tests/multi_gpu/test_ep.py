@@ -68,5 +68,8 @@ def test_10_000_calls(environment: Environment) -> None:
 @all_ways
 def test_graphs(environment: Environment) -> None:
     environment.run(
-        _num_ranks(4), graph_checks.graph_equals_eager, graph_checks.graph_of_a_cached_handle
+        _num_ranks(4),
+        graph_checks.graph_equals_eager,
+        graph_checks.graph_of_a_cached_handle,
+        graph_checks.graph_of_groups,
     )
