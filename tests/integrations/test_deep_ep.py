@@ -155,8 +155,6 @@ def mistakes() -> None:
     rank = dist.get_rank()
     x, idx, weights = inputs(rank)
     group = dist.group.WORLD
-    with pytest.raises(ValueError, match="expected low_latency_mode=False"):
-        deep_ep.Buffer(group, low_latency_mode=True)
     buffer, other = deep_ep.Buffer(group), deep_ep.Buffer(group)
     with pytest.raises(ValueError, match="expected topk_idx and num_tokens_per_expert, or a"):
         buffer.dispatch(x)
@@ -210,6 +208,7 @@ def test_settings_that_callers_ask_for() -> None:
     config = deep_ep.Buffer.get_dispatch_config(8)
     assert config.get_nvl_buffer_size_hint(14336, 8) == 0
     assert deep_ep.Buffer.get_combine_config(8).get_rdma_buffer_size_hint(14336, 8) == 0
+    assert deep_ep.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256) == 0
     assert deep_ep.Config(12, 6, 256, 6, 128).num_sms == 12
     deep_ep.EventOverlap().current_stream_wait()
     deep_ep.Buffer.capture().current_stream_wait()
@@ -254,6 +253,8 @@ from deep_ep import Buffer, Config, EventOverlap
 from deep_ep.utils import EventHandle, EventOverlap as again
 import deep_ep.utils
 from deep_ep import utils
+from deep_ep.buffer import Buffer as same
+assert same is Buffer is ours.Buffer
 import importlib.util
 assert deep_ep.utils is utils and utils.EventOverlap is EventOverlap
 assert importlib.util.find_spec("deep_ep.utils") is not None

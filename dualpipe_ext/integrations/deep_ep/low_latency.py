@@ -1,0 +1,249 @@
+"""The calls for decoding: few tokens, outputs of fixed size, nothing that the host waits for.
+
+Every expert's rows come as a group of fixed size, of which the first ``recv_count`` are filled and
+**the others are not written**: they are for masked grouped GEMMs, as DeepEP's are. They move over
+the transport "low_latency" where NVLink joins the GPUs, else over what "auto" takes.
+
+What differs from DeepEP: a call with ``return_recv_hook`` runs on a side stream, as one with
+``async_finish``, and its hook waits for that; its kernels take SMs while they wait. Weights are
+sent to the experts when rows come back, in a small call of its own: code that can should give them
+to ``dualpipe_ext.Buffer.dispatch``, which sends them beside the rows. FP8 scales are float32, one
+row's beside each other. Ids out of range raise at the next dispatch, on every rank.
+
+Shapes: T tokens of this rank, H hidden, E experts, R ranks, K top-k, G = E / R local experts,
+n = R x ``num_max_dispatch_tokens_per_rank`` rows of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualpipe_ext import ep
+from dualpipe_ext.ep import Handle
+from dualpipe_ext.integrations.deep_ep.utils import EventOverlap
+from dualpipe_ext.integrations.shared_buffers import SharedBuffers
+
+Hook = Callable[[], None]
+GroupedRows = Tensor | tuple[Tensor, Tensor]
+"""[G, n, H], or FP8 values with their scales [G, n, H/128]."""
+
+
+class LowLatencyCalls:
+    """The part of :class:`~dualpipe_ext.integrations.deep_ep.Buffer` for decoding."""
+
+    low_latency_transport: ClassVar[str | tuple[str, ...]] = ("low_latency", "auto")
+    """See :class:`dualpipe_ext.Buffer`; of low-latency buffers made from now on."""
+    low_latency_num_sms: ClassVar[int | None] = None
+    """SMs of their kernels; None: as many as the transport takes best."""
+
+    if TYPE_CHECKING:
+        group: dist.ProcessGroup
+        timeout_s: ClassVar[float]
+        _of_transport: dict[object, ep.Buffer]
+
+        def _buffer_of(self, handle: Handle) -> ep.Buffer: ...
+
+    def __init__(self) -> None:
+        # By the most tokens of a rank.
+        self._low_latency: dict[int, SharedBuffers] = {}
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """0: the caller need not make room."""
+        return 0
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Nothing: no call leaves anything behind for the next."""
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[GroupedRows, Tensor, Handle, EventOverlap, Hook | None]:
+        """Send every token to its experts.
+
+        Args:
+            x: bfloat16 [T, H].
+            topk_idx: int64 [T, K], expert ids, -1 for none.
+            num_max_dispatch_tokens_per_rank: most T of any rank, equal on all.
+            num_experts: E.
+            cumulative_local_expert_recv_stats: int [G], to which the counts are added.
+            dispatch_wait_recv_cost_stats: must be None.
+            use_fp8: rows travel and arrive as float8_e4m3fn with 1x128 scales.
+            round_scale: scales are powers of two.
+            use_ue8m0: must be false.
+            async_finish: run on a side stream; outputs are usable after the event.
+            return_recv_hook: run on a side stream; outputs are usable after the hook was called.
+
+        Returns:
+            Rows by local expert, of which the first ``recv_count`` of each are filled: [G, n, H] (a
+            pair for FP8); ``recv_count`` int32 [G]; the handle; an event; the hook, if asked for.
+
+        Raises:
+            ValueError: wrong arguments; ids out of range in an earlier dispatch.
+            CommTimeoutError: a rank did not take part.
+        """
+        _refuse(dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, use_ue8m0=use_ue8m0)
+        _check_one(async_finish, return_recv_hook)
+        most = num_max_dispatch_tokens_per_rank
+        buffer = self._low_latency_buffers(most).get(
+            self.group,
+            tokens=x.shape[0],
+            hidden=x.shape[1],
+            num_experts=num_experts,
+            top_k=topk_idx.shape[1],
+            dtype=torch.bfloat16,
+            device=x.device,
+        )
+        rows = buffer.config.num_ranks * most
+        with torch.no_grad():
+            recv, handle = buffer.dispatch(
+                x,
+                topk_idx,
+                layout="expert",
+                rows_per_expert=rows,
+                fp8=use_fp8,
+                pow2_scales=round_scale,
+                async_op=async_finish or return_recv_hook,
+            )
+        self._of_transport[handle.owner] = buffer
+        counts = recv.counts.to(torch.int32)
+        if cumulative_local_expert_recv_stats is not None:
+            cumulative_local_expert_recv_stats.add_(counts)
+        groups = recv.tokens.view(len(counts), rows, -1)
+        if recv.scales is not None:
+            groups = groups, recv.scales.view(len(counts), rows, -1)
+        return groups, counts, handle, *_finish(recv.event, return_recv_hook)
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Handle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
+        """Bring rows back to their tokens and sum them, each times its weight.
+
+        Args:
+            x: bfloat16 [G, n, H]; only filled rows are read.
+            topk_idx: of the dispatch; the handle has them.
+            topk_weights: float32 [T, K].
+            handle: of the dispatch.
+            use_logfmt: has no effect: rows travel as they are.
+            zero_copy: has none either.
+            async_finish: run on a side stream; the result is usable after the event.
+            return_recv_hook: the same after the hook was called.
+            out: bfloat16 [T, H], where the sums shall be.
+            combine_wait_recv_cost_stats: must be None.
+
+        Returns:
+            Sums [T, H]; an event; the hook, if asked for.
+
+        Raises:
+            ValueError: wrong arguments.
+            CommTimeoutError: a rank did not take part.
+        """
+        _refuse(combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
+        _check_one(async_finish, return_recv_hook)
+        buffer = self._buffer_of(handle)
+        shape = (len(handle.counts), handle.rows_per_expert or 0, buffer.config.hidden)
+        if x.shape != shape:
+            raise ValueError(f"expected x of shape {list(shape)}, got {list(x.shape)}")
+        aside = async_finish or return_recv_hook
+        with torch.no_grad():
+            weights, _ = buffer.dispatch_weights(topk_weights, handle, async_op=aside)
+            y, event = buffer.combine(x.flatten(0, 1), handle, weights=weights, async_op=aside)
+        if out is None:
+            return y, *_finish(event, return_recv_hook)
+        if (out.shape, out.dtype, out.device) != (y.shape, y.dtype, y.device):
+            raise ValueError(
+                f"expected out as {y.dtype} {list(y.shape)} on {y.device}, got {out.dtype} "
+                f"{list(out.shape)} on {out.device}"
+            )
+        copied = _CopiedAfter(event, y, out)
+        if not aside:
+            copied.wait()
+        return out, *_finish(copied, return_recv_hook)
+
+    def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
+        """bfloat16 [G, n, H] to write rows for a combine into."""
+        buffer = self._buffer_of(handle)
+        shape = (len(handle.counts), handle.rows_per_expert or 0, buffer.config.hidden)
+        return torch.empty(shape, dtype=torch.bfloat16, device=handle.counts.device)
+
+    def _low_latency_buffers(self, most: int) -> SharedBuffers:
+        if not isinstance(most, int) or most < 1:
+            raise ValueError(
+                "expected num_max_dispatch_tokens_per_rank to be an integer of at least 1, got "
+                f"{most!r}"
+            )
+        if most not in self._low_latency:
+            self._low_latency[most] = SharedBuffers(
+                "set num_max_dispatch_tokens_per_rank to the most there will be",
+                max_tokens=most,
+                options={
+                    "transport": self.low_latency_transport,
+                    "num_sms": self.low_latency_num_sms,
+                    "timeout_s": self.timeout_s,
+                },
+            )
+        return self._low_latency[most]
+
+    def _forget_low_latency(self) -> None:
+        for buffers in self._low_latency.values():
+            buffers.clear()
+
+
+class _CopiedAfter:
+    """Sums that go elsewhere as soon as somebody waits for them."""
+
+    def __init__(self, event: ep.Event, y: Tensor, out: Tensor) -> None:
+        self._event, self._y, self._out = event, y, out
+        self._done = False
+
+    def wait(self) -> None:
+        self._event.wait()
+        if not self._done:
+            self._out.copy_(self._y)
+            self._done = True
+
+
+def _finish(
+    event: ep.Event | _CopiedAfter, return_recv_hook: bool
+) -> tuple[EventOverlap, Hook | None]:
+    return EventOverlap(event), event.wait if return_recv_hook else None
+
+
+def _refuse(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(f"expected {name} to be left out: there is no such thing here")
+
+
+def _check_one(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ValueError("expected async_finish or return_recv_hook, got both")
