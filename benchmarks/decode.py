@@ -3,9 +3,11 @@
 A step is what a server replays: routing found anew from expert ids, a dispatch that quantises to
 FP8 with the routing weights beside it, and a combine of BF16 rows (which stand for the experts'),
 by token or, weighted, from expert rows. The host waits for nothing: outputs have as many rows as
-any rank gets. Compared: the kernels for any number of tokens ("nvlink") and those for few
-("low_latency"), each with the same SMs. Before anything is timed, their results are compared bit
-for bit. A graph holds some steps, one after the other; routing is random, the same in every step.
+any rank gets. "groups" is what DeepEP's low-latency calls do: expert rows in groups of fixed size,
+for masked GEMMs, and weights that go to the experts in the combine. Compared: the kernels for any
+number of tokens ("nvlink") and those for few ("low_latency"), each with the same SMs. Before
+anything is timed, their results are compared bit for bit. A graph holds some steps, one after the
+other; routing is random, the same in every step.
 Protocol: ``dualpipe_ext/bench/timing.py``.
 
     python benchmarks/decode.py [--tokens 32,128,512] [--hidden 7168] [--experts 256]
@@ -31,7 +33,7 @@ from dualpipe_ext.bench.timing import Series, captured, interleaved
 from dualpipe_ext.ep import Buffer, ExpertMajor, Handle, TokenMajor
 
 TRANSPORTS = ("nvlink", "low_latency")
-LAYOUTS = ("token", "expert")
+LAYOUTS = ("token", "expert", "groups")
 PARTS = ("dispatch", "combine", "step")
 
 
@@ -97,28 +99,57 @@ class Step:
         how = {"layout": self._layout, "max_recv_tokens": self._room, "fp8": True}
         return self._buffer.dispatch(given.x, given.topk_idx, given.topk_weights, **how)
 
-    def dispatch(self) -> tuple[Tensor, Tensor]:
+    def received(self) -> tuple[Tensor, Tensor]:
+        """Rows and scales, without those that nobody wrote."""
         recv, _ = self._dispatch()
         return recv.tokens, recv.scales
 
+    def dispatch(self) -> None:
+        self._dispatch()
+
     def combine(self) -> Tensor:
-        return self._buffer.combine(self._rows, self._handle, weights=self._weights)[0]
+        return self._combine(self._handle)
+
+    def _combine(self, handle: Handle) -> Tensor:
+        return self._buffer.combine(self._rows, handle, weights=self._weights)[0]
 
     def step(self) -> Tensor:
         _, handle = self._dispatch()
-        return self._buffer.combine(self._rows, handle, weights=self._weights)[0]
+        return self._combine(handle)
 
     def check(self) -> None:
         torch.cuda.synchronize()
         self._buffer.check()
 
 
+class GroupStep(Step):
+    """With groups of fixed size, and weights that come late."""
+
+    def room(self, ranks: bench_ranks.Ranks) -> int:
+        """Rows of a group, in which all tokens of all ranks have room."""
+        return ranks.num_ranks * len(self._inputs.x)
+
+    def _dispatch(self) -> tuple[ExpertMajor, Handle]:
+        how = {"layout": "expert", "rows_per_expert": self._room, "fp8": True}
+        return self._buffer.dispatch(self._inputs.x, self._inputs.topk_idx, **how)
+
+    def received(self) -> tuple[Tensor, Tensor]:
+        recv, _ = self._dispatch()
+        place = torch.arange(self._room, device=recv.counts.device)
+        filled = (place < recv.counts.unsqueeze(1)).flatten()
+        return recv.tokens.view(torch.uint8)[filled], recv.scales[filled]
+
+    def _combine(self, handle: Handle) -> Tensor:
+        weights, _ = self._buffer.dispatch_weights(self._inputs.topk_weights, handle)
+        return self._buffer.combine(self._rows, handle, weights=weights)[0]
+
+
 def expect_same(steps: dict[tuple[str, int], Step]) -> None:
     """Bits of all are those of the first."""
     first, *others = steps.values()
-    wanted = (*first.dispatch(), first.step())
+    wanted = (*first.received(), first.step())
     for other in others:
-        for got, want in zip((*other.dispatch(), other.step()), wanted, strict=True):
+        for got, want in zip((*other.received(), other.step()), wanted, strict=True):
             if not torch.equal(got.view(torch.uint8), want.view(torch.uint8)):
                 raise ValueError("expected the same bits from all transports, got others")
 
@@ -140,8 +171,9 @@ def measure(ranks: bench_ranks.Ranks, options: Options) -> list[Row]:
     for num_tokens in options.tokens:
         inputs = draw(num_tokens, options, ranks)
         for layout in LAYOUTS:
+            kind = GroupStep if layout == "groups" else Step
             steps = {
-                (name, sms): Step(name, sms, layout, inputs, options)
+                (name, sms): kind(name, sms, layout, inputs, options)
                 for name in TRANSPORTS
                 for sms in options.sms
             }
