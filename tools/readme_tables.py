@@ -222,6 +222,10 @@ def _by(rows: Sequence[Row], *names: str) -> list[list[Row]]:
     return [groups[key] for key in sorted(groups)]
 
 
+# Older rows are of code that took longer for the same compute and would mislead beside newer ones.
+_PAIRS_SINCE = "2026-11-29"
+
+
 def pairs() -> str:
     """The overlapped pair, on the link as it is and throttled; by sizes.
 
@@ -238,7 +242,7 @@ def pairs() -> str:
     rows = [row for row in rows if row["part"] == "pair" and row["status"] == "ok"]
     usual = {"sm_means": "yielding", "graphs": "False"}
     rows = [row for row in rows if all(row[name] == value for name, value in usual.items())]
-    rows = [row for row in rows if row["ep"] != "1"]
+    rows = [row for row in rows if row["ep"] != "1" and row["date"] >= _PAIRS_SINCE]
     rows.sort(
         key=lambda row: (
             _one_queue(row),
@@ -395,9 +399,10 @@ def _decode_of(rows: Sequence[Row]) -> str:
 
         return cell
 
+    layouts = {"groups": "in groups, weights late"}
     columns = {
         f"us a step, {first['ranks']} GPUs": lambda row: (
-            f"{row['tokens']} tokens, by {row['layout']}"
+            f"{row['tokens']} tokens, {layouts.get(row['layout'], 'by ' + row['layout'])}"
         ),
         **{name: times(name) for name in dict.fromkeys(row["transport"] for row in rows)},
     }
