@@ -114,7 +114,8 @@ __device__ void clear_unused_ids(const Router& r, uint32_t cta, int32_t* warp_su
   }
 }
 
-// What is wrong with the call; the first finding counts, and every rank comes to the same one.
+// What is wrong with the call; the first finding counts, and every rank comes to the same one. Of
+// settings that differ a rank is told of the first other than its own.
 __device__ void find_fault(const Router& r, const unsigned long long* arriving,
                            RouteReport* report) {
   const auto tell = [&](RouteFault fault, uint32_t rank, int64_t count) {
@@ -140,11 +141,11 @@ __device__ void find_fault(const Router& r, const unsigned long long* arriving,
   for (uint32_t rank = 0; rank < r.num_ranks(); ++rank) {
     for (const uint32_t which :
          {RouteCounts::kLayout, RouteCounts::kAlignment, RouteCounts::kZeroCopy}) {
-      if (r.setting(rank, which) != r.setting(0, which)) {
-        return tell(RouteFault::kMismatch, rank == r.me ? 0 : rank, 0);
+      if (r.setting(rank, which) != r.setting(r.me, which)) {
+        return tell(RouteFault::kMismatch, rank, 0);
       }
     }
-    if (bounded(rank) != bounded(0)) return tell(RouteFault::kMismatch, rank == r.me ? 0 : rank, 0);
+    if (bounded(rank) != bounded(r.me)) return tell(RouteFault::kMismatch, rank, 0);
   }
   for (uint32_t rank = 0; rank < r.num_ranks(); ++rank) {
     const int32_t limit = r.setting(rank, RouteCounts::kMaxRows);

@@ -160,10 +160,10 @@ class PeerTransport(Transport):
             raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
         if fault["fault"] == "overflow":
             raise too_many_rows(fault["layout"], fault["limit"], rank, fault["count"])
-        mine = "" if options is None else f", got {describe_setting(*options.setting)}"
+        mine = "another" if options is None else describe_setting(*options.setting)
         theirs = describe_setting(fault["layout"], fault["alignment"])
         raise ValueError(
-            f"expected the same layout and alignment on all ranks{mine} at rank "
+            f"expected the same layout and alignment on all ranks, got {mine} at rank "
             f"{self.config.rank}, {theirs} at rank {rank}"
             + (" with zero_copy" if fault["zero_copy"] else "")
         )
