@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dualpipe_ext.ep import autograd, ops, switching, validate
 from dualpipe_ext.ep.event import CommStream, Event
-from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor
+from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor, received
 from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.ep.registry import create_transport
 from dualpipe_ext.ep.tickets import make_ticket
@@ -32,9 +32,10 @@ class Buffer:
 
     ``torch.compile`` takes dispatch and combine into its graphs, as ops that it neither drops nor
     reorders. Compiled calls run on the current stream, whatever ``async_op`` says. Without
-    ``max_recv_tokens`` the number of rows is known only when they come: Dynamo breaks the graph
-    there, or with ``fullgraph=True`` makes it a symbol. A checkpoint inside compiled code must not
-    recompute communication, see :func:`~dualpipe_ext.ep.ops.save_communication`.
+    ``max_recv_tokens`` or ``rows_per_expert`` the number of rows is known only when they come:
+    Dynamo breaks the graph there, or with ``fullgraph=True`` makes it a symbol. A checkpoint inside
+    compiled code must not recompute communication, see
+    :func:`~dualpipe_ext.ep.ops.save_communication`.
 
     Args:
         group: process group of the expert-parallel ranks; None is the default group, or one rank if
@@ -181,8 +182,9 @@ class Buffer:
 
         Raises:
             CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.
-            ValueError: a dispatch with ``max_recv_tokens`` had ids out of range (those choices
-                were dropped) or more rows than that (the rest was dropped). With "low_latency"
+            ValueError: a dispatch with ``max_recv_tokens`` or ``rows_per_expert`` had ids out of
+                range (those choices were dropped) or more rows than that (the rest was dropped), or
+                ranks asked for different layouts. With "low_latency"
                 also: a rank made another call, or sent other rows; see :meth:`reset` too.
         """
         for transport in self._transports:
@@ -266,14 +268,14 @@ class Buffer:
             outputs = ops.dispatch(
                 x, topk_weights, handle, scales=scales, fp8=fp8, pow2_scales=pow2_scales
             )
-            return _received(handle, outputs, Event()), handle
+            return received(handle, outputs, Event()), handle
         own = ops.resolved(handle)
         call = autograd.DispatchCall(self._transport, own, fp8, pow2_scales, scales)
         with self._comm_stream.run(async_op, x):
             outputs = autograd.dispatch(x, topk_weights, call)
         inputs = x, scales, topk_weights
         event = self._comm_stream.event(async_op, own, inputs=inputs, outputs=outputs)
-        return _received(handle, outputs, event), handle
+        return received(handle, outputs, event), handle
 
     def combine(
         self,
@@ -282,6 +284,7 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        out: Tensor | None = None,
         async_op: bool = False,
     ) -> tuple[Tensor, Event]:
         """Bring expert outputs back to their tokens and sum them.
@@ -296,11 +299,14 @@ class Buffer:
             handle: what the dispatch returned.
             weights: expert layout: float32 (or float64) [M], usually ``recv.weights``.
             bias: [T, H] of the dtype of ``rows``, added to the result.
+            out: the same, contiguous, from an address that is a multiple of 16: where ``y`` shall
+                be. Only without gradients; it must not overlap what is read.
             async_op: CUDA: run on a side stream; ``y`` is usable after ``event.wait()``.
 
         Returns:
             ``y`` [T, H] in the dtype of ``rows``, zero (or the bias) for tokens without experts;
-            and the event.
+            and the event. With ``rows_per_expert`` the gradient of ``rows`` is written where there
+            were rows, and nowhere else.
 
         Raises:
             ValueError: wrong arguments.
@@ -309,12 +315,18 @@ class Buffer:
         transport = self._transport
         validate.check_combine(rows, handle, transport)
         validate.check_combine_extras(rows, handle, weights, bias)
+        if out is not None:
+            validate.check_out(out, rows, handle)
         if torch.compiler.is_compiling():
-            return ops.combine(rows, weights, bias, handle), Event()
+            y = ops.combine(rows, weights, bias, handle)
+            return y if out is None else out.copy_(y), Event()
         own = ops.resolved(handle)
         with self._comm_stream.run(async_op, rows):
-            y = autograd.combine(rows, weights, bias, transport, own)
-        inputs = rows, weights, bias
+            if out is None:
+                y = autograd.combine(rows, weights, bias, transport, own)
+            else:
+                y, _ = transport.combine(rows, own, weights=weights, bias=bias, out=out)
+        inputs = rows, weights, bias, out
         return y, self._comm_stream.event(async_op, own, inputs=inputs, outputs=(y,))
 
     def combine_with_weights(
@@ -464,34 +476,3 @@ def _place(
     if group is None:
         return 0, 1, None
     return dist.get_rank(group), dist.get_world_size(group), group
-
-
-def _received(
-    handle: Handle,
-    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    event: Event,
-) -> TokenMajor | ExpertMajor:
-    tokens, scales, weights, grad_carrier = outputs
-    if handle.layout == "expert":
-        assert handle.offsets is not None
-        return ExpertMajor(
-            tokens=tokens,
-            counts=handle.counts,
-            host_counts=handle.host_counts,
-            scales=scales,
-            event=event,
-            grad_carrier=grad_carrier,
-            offsets=handle.offsets,
-            weights=weights,
-        )
-    assert handle.topk_idx is not None
-    return TokenMajor(
-        tokens=tokens,
-        counts=handle.counts,
-        host_counts=handle.host_counts,
-        scales=scales,
-        event=event,
-        grad_carrier=grad_carrier,
-        topk_idx=handle.topk_idx,
-        topk_weights=weights,
-    )

@@ -230,6 +230,7 @@ class CollectiveTransport(Transport):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         row_weights: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         assert isinstance(handle, CollectiveHandle)
         num_here = sum(handle.recv_rows)
@@ -251,7 +252,7 @@ class CollectiveTransport(Transport):
         if returned is not None:
             # Each choice is here from one rank only, so nothing was added to it.
             returned = returned.to(weight_parts[0].dtype)
-        return total.to(rows.dtype), returned
+        return total.to(rows.dtype) if out is None else out.copy_(total), returned
 
 
 def _check_announcements(

@@ -106,7 +106,8 @@ class Received:
     host_counts: list[int] | None = None
     """The same [E/R] as numbers: for grouped GEMMs that are told sizes by the host. Reading
     ``counts`` there would wait for all rows; these came with the number of rows. None with
-    ``max_recv_tokens``, where the host waits for nothing, and in compiled code."""
+    ``max_recv_tokens`` or ``rows_per_expert``, where the host waits for nothing, and in compiled
+    code."""
     scales: Tensor | None = None
     event: Event = field(default_factory=Event, repr=False)
     grad_carrier: Tensor | None = field(default=None, repr=False)
@@ -161,3 +162,35 @@ class ExpertMajor(Received):
     ``torch._grouped_mm`` calls ``offs``)."""
     weights: Tensor | None
     """[M], the top-k weight of each row, 0 in padding; None if none were dispatched."""
+
+
+def received(
+    handle: Handle,
+    outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    event: Event,
+) -> TokenMajor | ExpertMajor:
+    """What a dispatch gives: tokens, scales, weights and grad_carrier, as the handle says."""
+    tokens, scales, weights, grad_carrier = outputs
+    if handle.layout == "expert":
+        assert handle.offsets is not None
+        return ExpertMajor(
+            tokens=tokens,
+            counts=handle.counts,
+            host_counts=handle.host_counts,
+            scales=scales,
+            event=event,
+            grad_carrier=grad_carrier,
+            offsets=handle.offsets,
+            weights=weights,
+        )
+    assert handle.topk_idx is not None
+    return TokenMajor(
+        tokens=tokens,
+        counts=handle.counts,
+        host_counts=handle.host_counts,
+        scales=scales,
+        event=event,
+        grad_carrier=grad_carrier,
+        topk_idx=handle.topk_idx,
+        topk_weights=weights,
+    )

@@ -188,16 +188,16 @@ class CombineOutput:
 
 
 def combine_output(
-    transport: PeerTransport, source: CombineInput, handle: PeerHandle
+    transport: PeerTransport, source: CombineInput, handle: PeerHandle, out: Tensor | None
 ) -> CombineOutput:
-    """Allocate the output."""
+    """Allocate the output, but for ``out``."""
     token_weights = None
     if source.row_weights is not None:
         shape = (handle.num_tokens, transport.config.top_k)
         token_weights = source.row_weights.new_empty(shape)
-    return CombineOutput(
-        source.rows.new_empty((handle.num_tokens, source.rows.shape[1])), token_weights
-    )
+    if out is None:
+        out = source.rows.new_empty((handle.num_tokens, source.rows.shape[1]))
+    return CombineOutput(out, token_weights)
 
 
 def combine_call(

@@ -79,10 +79,11 @@ class NVLinkTransport(PeerTransport):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         row_weights: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         assert isinstance(handle, PeerHandle)
         source = self.combine_input(rows, weights, bias, row_weights)
-        output = kernel_calls.combine_output(self, source, handle)
+        output = kernel_calls.combine_output(self, source, handle, out)
 
         def act(items: list[tuple[Any, bool]]) -> None:
             calls, weighted = zip(*items, strict=True)

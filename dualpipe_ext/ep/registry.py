@@ -44,14 +44,7 @@ def create_transport(name: str | Sequence[str], config: TransportConfig) -> Tran
     """
     asked_by = "transport"
     if not isinstance(name, str):
-        if not name:
-            raise ValueError("expected transport to be a name or several, got none")
-        *preferred, name = name
-        for other in preferred:
-            kind = _named(other, asked_by)
-            if kind is None or kind.unavailable(config) is None:
-                name = other
-                break
+        name = _first_available(name, config)
     if name == "auto":
         name = env.read(ENVIRONMENT_VARIABLE)
         asked_by = ENVIRONMENT_VARIABLE
@@ -64,6 +57,17 @@ def create_transport(name: str | Sequence[str], config: TransportConfig) -> Tran
             f"expected {asked_by} to be one that can be used here, got {name!r}: {reason}"
         )
     return kind(config)
+
+
+def _first_available(names: Sequence[str], config: TransportConfig) -> str:
+    """Or the last, for what is wrong with it."""
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ValueError(f"expected transport to be a name or a list of names, got {names!r}")
+    kinds = [_named(name, "transport") for name in names]
+    for name, kind in zip(names, kinds, strict=True):
+        if kind is None or kind.unavailable(config) is None:
+            return name
+    return names[-1]
 
 
 def _named(name: str, asked_by: str) -> type[Transport] | None:

@@ -227,6 +227,7 @@ class Transport(ABC):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         row_weights: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Bring rows back and sum them per token, in a fixed order.
 
@@ -237,7 +238,9 @@ class Transport(ABC):
             row_weights: numbers that belong to single choices, [N, K] or [M], to be returned to
                 them (the gradients of the weights that were dispatched); entries of choices that
                 are not here, and of padding, are ignored.
+            out: [T, H] in the dtype of ``rows``, contiguous on 16 bytes: where the sums shall be.
 
         Returns:
-            [T, H] in the dtype of ``rows``; and ``row_weights`` as [T, K], 0 for dropped choices.
+            [T, H] in the dtype of ``rows``, ``out`` if given; and ``row_weights`` as [T, K], 0 for
+            dropped choices.
         """

@@ -180,6 +180,22 @@ def check_combine_extras(
         _expect_device("bias", bias, rows.device)
 
 
+def check_out(out: Tensor, rows: Tensor, handle: Handle) -> None:
+    """Check where the sums of rows already checked shall be."""
+    shape = (handle.num_tokens, rows.shape[1])
+    _expect_tensor("out", out, shape, frozenset((rows.dtype,)))
+    _expect_device("out", out, rows.device)
+    if torch.is_grad_enabled():
+        raise ValueError("expected out=None where gradients are recorded, got a tensor")
+    if torch.compiler.is_compiling():
+        return  # sums are copied there
+    if not out.is_contiguous() or out.data_ptr() % ROW_BYTES:
+        raise ValueError(
+            f"expected out to be contiguous and on {ROW_BYTES} bytes, got strides "
+            f"{list(out.stride())} from address {out.data_ptr()}"
+        )
+
+
 def check_row_weights(
     row_weights: Tensor, rows: Tensor, handle: Handle, config: TransportConfig
 ) -> None:
@@ -195,7 +211,9 @@ def check_capture(x: Tensor, max_recv_tokens: int | None, transport: Transport) 
     if not x.is_cuda or not (syncs_host or max_recv_tokens is None):
         return
     if torch.cuda.is_current_stream_capturing():
-        wanted = "a handle" if syncs_host else "a handle or max_recv_tokens"
+        wanted = "a handle"
+        if not syncs_host:
+            wanted = "a handle, max_recv_tokens or rows_per_expert"
         raise ValueError(
             f"expected {wanted} while a CUDA graph is captured: transport {transport.name!r} "
             "waits for counts on the host"

@@ -18,6 +18,7 @@ from tests.ep.rank_checks import (
     combined,
     expect_equal,
     expect_same_tensor,
+    leaf,
     mistake_in_data,
     raises,
     received,
@@ -88,15 +89,19 @@ def other_groups_raise_everywhere(ranks: Ranks) -> None:
         return
     case = make_case("uneven", ranks.num_ranks)
     buffer = ranks.make_buffer(case)
-    for others in ({"rows_per_expert": 30}, {"max_recv_tokens": 200}):
-        mine = others if ranks.rank else {"rows_per_expert": 40}
-        message, _ = mistake_in_data(ranks, buffer, *ranks.inputs(case), layout="expert", **mine)
-        assert message.startswith("expected the same layout and alignment on all ranks"), message
-        # Told from a later call, it has the other rank's setting only.
-        theirs = ["'expert' and 40 rows per expert at rank 0"]
-        if not ranks.rank:
-            theirs = ["'expert' and 30 rows per expert at rank 1", "'expert' and 1 at rank 1"]
-        assert any(setting in message for setting in theirs), message
+    first = {"rows_per_expert": 40}, "'expert' and 40 rows per expert"
+    for others in (
+        ({"rows_per_expert": 30}, "'expert' and 30 rows per expert"),
+        ({"max_recv_tokens": 200}, "'expert' and 1"),
+    ):
+        (how, mine), (_, theirs) = (others, first) if ranks.rank else (first, others)
+        message, recv = mistake_in_data(ranks, buffer, *ranks.inputs(case), layout="expert", **how)
+        # Told by a later call it does not know what it asked for in this one.
+        mine = mine if recv is None else "another"
+        assert message == (
+            f"expected the same layout and alignment on all ranks, got {mine} at rank "
+            f"{ranks.rank}, {theirs} at rank {0 if ranks.rank else 1}"
+        )
     round_trip_equals_reference(ranks, buffer, case, LAYOUTS[0], "after other groups")
 
 
@@ -127,8 +132,37 @@ def weights_that_come_late(ranks: Ranks) -> None:
             shape = {name: how[name] for name in how if name != "max_recv_tokens"}
             want_y = combined(ranks, case, rows, **shape)[ranks.rank]
             expect_same_tensor(y, want_y, f"{what} combine")
+            with torch.no_grad():
+                out = torch.full_like(y, torch.nan)
+                z, _ = buffer.combine(recv.tokens, handle, bias=x, out=out)
+            assert z is out, what
+            want_z, _ = buffer.combine(recv.tokens, handle, bias=x)
+            expect_same_tensor(z, want_z, f"{what} combine into a tensor")
     message = raises(ValueError, buffer.dispatch_weights, weights[:, 1:], handle)
     assert message.startswith("expected topk_weights of shape"), message
+
+
+def gradients_of_groups(ranks: Ranks) -> None:
+    """The bits of the packed layout, whatever lies in rows that nobody writes, either way."""
+    case = make_case("uneven", ranks.num_ranks, dtype=torch.bfloat16, hidden=64)
+    buffer = ranks.make_buffer(case)
+    _, idx, _ = ranks.inputs(case)
+    runs = []
+    for how in ({}, {"rows_per_expert": 40}):
+        x = leaf(case.xs[ranks.rank], ranks.device)
+        w = leaf(case.topk_weights[ranks.rank], ranks.device)
+        recv, handle = buffer.dispatch(x, idx, w, layout="expert", **how)
+        rows = recv.tokens
+        if how:
+            # As a masked GEMM would: what is not filled is neither read nor given a gradient.
+            empty = _empty_rows(recv).to(ranks.device)
+            rows = rows.masked_fill(empty.unsqueeze(1), 0)
+        y, _ = buffer.combine(torch.sin(3 * rows), handle, weights=recv.weights, bias=x)
+        y.float().square().sum().backward()
+        runs.append({"y": y, "x.grad": x.grad, "w.grad": w.grad})
+    packed, groups = runs
+    for name, want in packed.items():
+        expect_same_tensor(groups[name], want, name)
 
 
 _DTYPES = (torch.bfloat16, torch.float64)

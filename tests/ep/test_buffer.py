@@ -94,6 +94,20 @@ def test_a_transport_that_this_machine_lacks_says_why(
         Buffer(**CONFIG, transport=transport)
 
 
+def test_of_several_transports_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for names in (("low_latency", "collective", "nvlink"), ["nvlink", "auto"], ("collective",)):
+        assert Buffer(**CONFIG, transport=names).transport == "collective"
+    with pytest.raises(ValueError, match=r"got 'copy_engine': no (GPU|compiled)"):
+        Buffer(**CONFIG, transport=("nvlink", "copy_engine"))
+    for names in (("collective", "pigeon"), ("pigeon", "auto")):
+        with pytest.raises(ValueError, match=r"transport to be one of .* got 'pigeon'"):
+            Buffer(**CONFIG, transport=names)
+    for names in ((), {"auto"}, 5, None):
+        with pytest.raises(ValueError, match="expected transport to be a name or a list of names"):
+            Buffer(**CONFIG, transport=names)
+
+
 def test_no_sm_is_for_the_copy_engines() -> None:
     with pytest.raises(ValueError, match="num_sms=0 leaves it no SM"):
         Buffer(**CONFIG, transport="nvlink", num_sms=0)
@@ -247,6 +261,10 @@ def test_bad_cached_dispatch(buffer: Buffer, arguments: dict[str, Any], message:
         ("token", {"bias": 0.5}, "expected bias to be a tensor, got float"),
         ("token", {"bias": X[:2]}, "expected bias of shape [3, 8], got [2, 8]"),
         ("token", {"bias": X.half()}, "expected bias of dtype torch.float32, got torch.float16"),
+        ("token", {"out": X[:2]}, "expected out of shape [3, 8], got [2, 8]"),
+        ("token", {"out": X.half()}, "expected out of dtype torch.float32, got torch.float16"),
+        ("token", {"out": X.to("meta")}, "expected out on cpu, got meta"),
+        ("token", {"out": X.clone()}, "expected out=None where gradients are recorded"),
         ("token", {"handle": None}, "expected a Handle from Buffer.dispatch, got NoneType"),
     ],
 )

@@ -160,12 +160,20 @@ def test_buffers_hand_over_all_that_a_call_reads(monkeypatch: pytest.MonkeyPatch
     x, idx, weights = torch.ones(2, 4), torch.tensor([[1, -1], [0, 1]]), torch.ones(2, 2)
     recv, handle = buffer.dispatch(x, idx, weights, layout="expert", async_op=True)
     y, _ = buffer.combine(recv.tokens, handle, weights=recv.weights, bias=x, async_op=True)
-    (of_dispatch, inputs, outputs), (of_combine, rows, summed) = told
-    assert of_dispatch is of_combine is handle
+    late, _ = buffer.dispatch_weights(weights, handle, async_op=True)
+    out = torch.empty_like(x)
+    with torch.no_grad():
+        buffer.combine(recv.tokens, handle, out=out, async_op=True)
+    handles, inputs, outputs = zip(*told, strict=True)
+    assert all(one is handle for one in handles)
     for got, want in (
-        (inputs, (x, None, weights)),
-        (outputs[:3], (recv.tokens, None, recv.weights)),
-        (rows, (recv.tokens, recv.weights, x)),
-        (summed, (y,)),
+        (inputs[0], (x, None, weights)),
+        (outputs[0][:3], (recv.tokens, None, recv.weights)),
+        (inputs[1], (recv.tokens, recv.weights, x, None)),
+        (outputs[1], (y,)),
+        (inputs[2][1:], (weights,)),  # before them the rows that go with them
+        (outputs[2], (late,)),
+        (inputs[3], (recv.tokens, None, None, out)),
+        (outputs[3], (out,)),
     ):
         assert all(a is b for a, b in zip(got, want, strict=True))

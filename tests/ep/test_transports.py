@@ -101,6 +101,7 @@ def test_groups(environment: Environment, num_ranks: int) -> None:
         group_checks.too_full_groups_raise_everywhere,
         group_checks.other_groups_raise_everywhere,
         group_checks.weights_that_come_late,
+        group_checks.gradients_of_groups,
     )
 
 
