@@ -79,6 +79,10 @@ class SharedBuffers:
             )
         return buffer
 
+    def made(self) -> list[Buffer]:
+        """All that there are, in the order in which they were made."""
+        return list(self._made.values())
+
     def clear(self) -> None:
         """Forget all of them; called on all ranks."""
         self._made.clear()

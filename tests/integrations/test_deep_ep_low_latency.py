@@ -70,10 +70,14 @@ def every_way_to_call() -> None:
     buffer = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True, num_qps_per_rank=LOCAL)
     want, want_y = expected(), expected_sums()
     for way in WAYS:
+        given = x.clone()
         rows, counts, handle, event, hook = buffer.low_latency_dispatch(
-            x, idx, MOST, EXPERTS, use_fp8=False, **way
+            given, idx, MOST, EXPERTS, use_fp8=False, **way
         )
         assert (hook is not None) == way.get("return_recv_hook", False)
+        assert (event.event is not None) == way.get("async_finish", False)
+        if hook is not None:
+            given.zero_()  # what has been sent is no longer needed
         wait(event, hook)
         assert rows.shape == (LOCAL, ROWS, HIDDEN)
         assert counts.dtype == torch.int32
@@ -143,6 +147,9 @@ def servers_count_what_arrives() -> None:
     assert counts.tolist() == [0] * LOCAL
     y, _, _ = buffer.low_latency_combine(rows[0].bfloat16(), *nothing[1:], handle)
     assert y.shape == (0, HIDDEN)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    buffer.check()
 
 
 def a_graph_replays_it() -> None:
@@ -183,12 +190,16 @@ def mistakes() -> None:
     x, idx, weights = inputs(rank)
     buffer, other = (deep_ep.Buffer(dist.group.WORLD) for _ in range(2))
 
-    def dispatch(most: Any = MOST, **how: Any) -> Any:
-        return buffer.low_latency_dispatch(x, idx, most, EXPERTS, **how)
+    def dispatch(most: Any = MOST, x: Tensor = x, stats: Any = None, **how: Any) -> Any:
+        return buffer.low_latency_dispatch(x, idx, most, EXPERTS, stats, **how)
 
     for how, message in (
         ({"most": 0}, "num_max_dispatch_tokens_per_rank to be an integer of at least 1, got 0"),
         ({"use_ue8m0": True}, "expected use_ue8m0 to be left out"),
+        ({"x": x.float()}, r"expected x as torch.bfloat16 \[T, H\], got torch.float32"),
+        ({"x": x[0]}, r"expected x as torch.bfloat16 \[T, H\], got torch.bfloat16 \[256\]"),
+        ({"stats": weights}, "expected cumulative_local_expert_recv_stats as torch.int32 or"),
+        ({"stats": idx[:1, :1]}, rf"or torch.int64 \[{LOCAL}\], got torch.int64 \[1, 1\]"),
         ({"dispatch_wait_recv_cost_stats": weights}, "expected dispatch_wait_recv_cost_stats to"),
         ({"async_finish": True, "return_recv_hook": True}, "async_finish or return_recv_hook, got"),
     ):
@@ -207,11 +218,13 @@ def mistakes() -> None:
     (rows, _), _, handle, _, _ = dispatch()
     rows = rows.bfloat16()
 
-    def combine(rows: Tensor = rows, handle: Any = handle, **how: Any) -> Any:
+    def combine(rows: Any = rows, idx: Any = idx, handle: Any = handle, **how: Any) -> Any:
         return buffer.low_latency_combine(rows, idx, weights, handle, **how)
 
     for how, message in (
-        ({"rows": rows.flatten(0, 1)}, rf"expected x of shape \[{LOCAL}, {ROWS}, {HIDDEN}\], got"),
+        ({"rows": rows.flatten(0, 1)}, rf"torch.bfloat16 \[{LOCAL}, {ROWS}, {HIDDEN}\], got"),
+        ({"rows": (rows, rows)}, r"256\], got tuple"),
+        ({"idx": idx[:, 1:]}, "expected topk_idx and topk_weights of one shape, got"),
         ({"handle": None}, "expected a handle that this Buffer's dispatch returned"),
         ({"combine_wait_recv_cost_stats": weights}, "expected combine_wait_recv_cost_stats to be"),
         ({"async_finish": True, "return_recv_hook": True}, "async_finish or return_recv_hook, got"),
@@ -221,12 +234,21 @@ def mistakes() -> None:
     with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch returned"):
         other.low_latency_combine(rows, idx, weights, handle)
     with pytest.raises(ValueError, match="expected topk_weights of shape"):
-        buffer.low_latency_combine(rows, idx, weights[:, 1:], handle)
+        buffer.low_latency_combine(rows, idx[:, 1:], weights[:, 1:], handle)
+    per_expert = buffer.get_dispatch_layout(idx, EXPERTS)[2]
+    recv, *_, of_tokens, _ = buffer.dispatch(x, topk_idx=idx, num_tokens_per_expert=per_expert)
+    with pytest.raises(ValueError, match="handle of low_latency_dispatch, got one of dispatch"):
+        combine(handle=of_tokens)
+    for call in (buffer.dispatch, buffer.combine):
+        with pytest.raises(ValueError, match="handle of dispatch, got one of low_latency_dispatch"):
+            call(recv, handle=handle)
     # What was refused took nothing with it.
     y, _, _ = combine()
     assert y.shape == x.shape
-    with pytest.raises(ValueError, match=r"expected out as torch.bfloat16 .* got torch.float32"):
+    with pytest.raises(ValueError, match=r"expected out of dtype torch.bfloat16, got torch.float"):
         combine(out=x.float())
+    with pytest.raises(ValueError, match="expected out to be contiguous and on 16 bytes, got str"):
+        combine(out=x.t().contiguous().t())
     buffer.destroy()
     with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch returned"):
         combine()

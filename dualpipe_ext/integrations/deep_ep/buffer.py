@@ -47,7 +47,8 @@ class Buffer(LowLatencyCalls):
         num_nvl_bytes: kept for callers that look at it, as are the other numbers.
         num_rdma_bytes: likewise.
         low_latency_mode: kept likewise: low-latency calls can be made either way.
-        ignored: further settings of DeepEP's, without meaning here.
+        ignored_too: further settings of DeepEP's, without meaning here.
+        ignored: likewise.
     """
 
     num_sms: ClassVar[int] = 24
@@ -66,6 +67,7 @@ class Buffer(LowLatencyCalls):
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
+        *ignored_too: Any,
         **ignored: Any,
     ) -> None:
         super().__init__()
@@ -195,8 +197,9 @@ class Buffer(LowLatencyCalls):
         how = {"fp8": isinstance(x, tuple), "async_op": async_finish}
         with torch.no_grad():
             if handle is not None:
-                recv, _ = self._buffer_of(handle).dispatch(x, handle=handle, **how)
-                return _rows(recv), None, None, [], handle, EventOverlap(recv.event)
+                recv, _ = self._buffer_of(handle, "dispatch").dispatch(x, handle=handle, **how)
+                event = EventOverlap(recv.event if async_finish else None)
+                return _rows(recv), None, None, [], handle, event
             if topk_idx is None or num_tokens_per_expert is None:
                 raise ValueError("expected topk_idx and num_tokens_per_expert, or a handle")
             buffer = self._buffers.get(
@@ -213,7 +216,7 @@ class Buffer(LowLatencyCalls):
             recv, handle = buffer.dispatch(x, topk_idx, topk_weights, max_recv_tokens=bound, **how)
         self._of_transport[handle.owner] = buffer
         counts = [-(-n // expert_alignment) * expert_alignment for n in recv.host_counts or []]
-        event = EventOverlap(recv.event)
+        event = EventOverlap(recv.event if async_finish else None)
         return _rows(recv), recv.topk_idx, recv.topk_weights, counts, handle, event
 
     def combine(
@@ -247,7 +250,8 @@ class Buffer(LowLatencyCalls):
             CommTimeoutError: a rank did not take part.
         """
         _wait(previous_event)
-        buffer = self._buffer_of(handle)
+        buffer = self._buffer_of(handle, "dispatch")
+        numbers = None
         with torch.no_grad():
             if topk_weights is not None:
                 if bias is not None:
@@ -255,16 +259,35 @@ class Buffer(LowLatencyCalls):
                 y, numbers, event = buffer.combine_with_weights(
                     x, topk_weights, handle, async_op=async_finish
                 )
-                return y, numbers, EventOverlap(event)
-            if isinstance(bias, tuple):
-                bias = bias[0] + bias[1]
-            y, event = buffer.combine(x, handle, bias=bias, async_op=async_finish)
-        return y, None, EventOverlap(event)
+            else:
+                if isinstance(bias, tuple):
+                    bias = bias[0] + bias[1]
+                y, event = buffer.combine(x, handle, bias=bias, async_op=async_finish)
+        return y, numbers, EventOverlap(event if async_finish else None)
 
-    def _buffer_of(self, handle: Handle) -> ep.Buffer:
+    def check(self) -> None:
+        """Raise what kernels have reported since the last call, of calls of both kinds; does not
+        wait for them. Replays of graphs raise nothing else (:meth:`dualpipe_ext.Buffer.check`)."""
+        for buffer in self._made():
+            buffer.check()
+
+    def reset(self) -> None:
+        """Make this usable again after a ``CommTimeoutError``, on all ranks
+        (:meth:`dualpipe_ext.Buffer.reset`)."""
+        for buffer in self._made():
+            buffer.reset()
+
+    def _made(self) -> list[ep.Buffer]:
+        kinds = (self._buffers, *self._low_latency.values())
+        return [buffer for buffers in kinds for buffer in buffers.made()]
+
+    def _buffer_of(self, handle: Handle, call: str) -> ep.Buffer:
         buffer = self._of_transport.get(getattr(handle, "owner", None))
         if buffer is None:
             raise ValueError("expected a handle that this Buffer's dispatch returned")
+        made_by = "dispatch" if handle.rows_per_expert is None else "low_latency_dispatch"
+        if made_by != call:
+            raise ValueError(f"expected a handle of {call}, got one of {made_by}")
         return buffer
 
 

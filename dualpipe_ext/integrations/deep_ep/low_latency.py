@@ -4,11 +4,13 @@ Every expert's rows come as a group of fixed size, of which the first ``recv_cou
 **the others are not written**: they are for masked grouped GEMMs, as DeepEP's are. They move over
 the transport "low_latency" where NVLink joins the GPUs, else over what "auto" takes.
 
-What differs from DeepEP: a call with ``return_recv_hook`` runs on a side stream, as one with
-``async_finish``, and its hook waits for that; its kernels take SMs while they wait. Weights are
-sent to the experts when rows come back, in a small call of its own: code that can should give them
-to ``dualpipe_ext.Buffer.dispatch``, which sends them beside the rows. FP8 scales are float32, one
-row's beside each other. Ids out of range raise at the next dispatch, on every rank.
+What differs from DeepEP: with ``return_recv_hook`` a call is made whole, on the current stream, and
+its hook does nothing; what is to overlap a call takes ``async_finish``, which runs it on a side
+stream, on SMs that it holds while it waits. Weights are sent to the experts when rows come back, in
+a small call of its own: code that can should give them to ``dualpipe_ext.Buffer.dispatch``, which
+sends them beside the rows. A combine sums the choices of its dispatch, whatever its ``topk_idx``.
+FP8 scales are float32, one row's beside each other. Ids out of range are dropped, and told by a
+later dispatch or by ``check``.
 
 Shapes: T tokens of this rank, H hidden, E experts, R ranks, K top-k, G = E / R local experts,
 n = R x ``num_max_dispatch_tokens_per_rank`` rows of a group.
@@ -17,6 +19,7 @@ n = R x ``num_max_dispatch_tokens_per_rank`` rows of a group.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -31,24 +34,32 @@ from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 Hook = Callable[[], None]
 GroupedRows = Tensor | tuple[Tensor, Tensor]
 """[G, n, H], or FP8 values with their scales [G, n, H/128]."""
+_COUNTS = (torch.int32, torch.int64)
 
 
 class LowLatencyCalls:
     """The part of :class:`~dualpipe_ext.integrations.deep_ep.Buffer` for decoding."""
 
     low_latency_transport: ClassVar[str | tuple[str, ...]] = ("low_latency", "auto")
-    """See :class:`dualpipe_ext.Buffer`; of low-latency buffers made from now on."""
+    """See :class:`dualpipe_ext.Buffer`; of buffers made from now on."""
     low_latency_num_sms: ClassVar[int | None] = None
-    """SMs of their kernels; None: as many as the transport takes best."""
+    """SMs of their kernels, to be set where other kernels wait for other ranks at the same time, as
+    with ``async_finish``: all of them must have room at once. None: as many as the transport takes
+    best, which may be all."""
 
     if TYPE_CHECKING:
         group: dist.ProcessGroup
         timeout_s: ClassVar[float]
         _of_transport: dict[object, ep.Buffer]
 
-        def _buffer_of(self, handle: Handle) -> ep.Buffer: ...
+        def _buffer_of(self, handle: Handle, call: str) -> ep.Buffer: ...
 
     def __init__(self) -> None:
+        self._low_latency_options = {
+            "transport": self.low_latency_transport,
+            "num_sms": self.low_latency_num_sms,
+            "timeout_s": self.timeout_s,
+        }
         # By the most tokens of a rank.
         self._low_latency: dict[int, SharedBuffers] = {}
 
@@ -90,8 +101,9 @@ class LowLatencyCalls:
             use_fp8: rows travel and arrive as float8_e4m3fn with 1x128 scales.
             round_scale: scales are powers of two.
             use_ue8m0: must be false.
-            async_finish: run on a side stream; outputs are usable after the event.
-            return_recv_hook: run on a side stream; outputs are usable after the hook was called.
+            async_finish: run on a side stream; ``x`` must stay as it is until the event, outputs
+                are usable after it.
+            return_recv_hook: return a hook, which is not needed.
 
         Returns:
             Rows by local expert, of which the first ``recv_count`` of each are filled: [G, n, H] (a
@@ -103,6 +115,9 @@ class LowLatencyCalls:
         """
         _refuse(dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, use_ue8m0=use_ue8m0)
         _check_one(async_finish, return_recv_hook)
+        _check_rows("x", x, ("T", "H"))
+        num_local = num_experts // self.group.size()
+        _check_stats(cumulative_local_expert_recv_stats, num_local)
         most = num_max_dispatch_tokens_per_rank
         buffer = self._low_latency_buffers(most).get(
             self.group,
@@ -122,7 +137,7 @@ class LowLatencyCalls:
                 rows_per_expert=rows,
                 fp8=use_fp8,
                 pow2_scales=round_scale,
-                async_op=async_finish or return_recv_hook,
+                async_op=async_finish,
             )
         self._of_transport[handle.owner] = buffer
         counts = recv.counts.to(torch.int32)
@@ -131,7 +146,8 @@ class LowLatencyCalls:
         groups = recv.tokens.view(len(counts), rows, -1)
         if recv.scales is not None:
             groups = groups, recv.scales.view(len(counts), rows, -1)
-        return groups, counts, handle, *_finish(recv.event, return_recv_hook)
+        event = EventOverlap(recv.event if async_finish else None)
+        return groups, counts, handle, event, _no_hook if return_recv_hook else None
 
     def low_latency_combine(
         self,
@@ -150,14 +166,15 @@ class LowLatencyCalls:
 
         Args:
             x: bfloat16 [G, n, H]; only filled rows are read.
-            topk_idx: of the dispatch; the handle has them.
+            topk_idx: int64 [T, K], of the dispatch: the handle's choices count.
             topk_weights: float32 [T, K].
             handle: of the dispatch.
             use_logfmt: has no effect: rows travel as they are.
             zero_copy: has none either.
-            async_finish: run on a side stream; the result is usable after the event.
-            return_recv_hook: the same after the hook was called.
-            out: bfloat16 [T, H], where the sums shall be.
+            async_finish: run on a side stream; what is given must stay as it is until the event,
+                the result is usable after it.
+            return_recv_hook: return a hook, which is not needed.
+            out: bfloat16 [T, H], contiguous on 16 bytes, where the sums shall be.
             combine_wait_recv_cost_stats: must be None.
 
         Returns:
@@ -169,30 +186,25 @@ class LowLatencyCalls:
         """
         _refuse(combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
         _check_one(async_finish, return_recv_hook)
-        buffer = self._buffer_of(handle)
-        shape = (len(handle.counts), handle.rows_per_expert or 0, buffer.config.hidden)
-        if x.shape != shape:
-            raise ValueError(f"expected x of shape {list(shape)}, got {list(x.shape)}")
-        aside = async_finish or return_recv_hook
-        with torch.no_grad():
-            weights, _ = buffer.dispatch_weights(topk_weights, handle, async_op=aside)
-            y, event = buffer.combine(x.flatten(0, 1), handle, weights=weights, async_op=aside)
-        if out is None:
-            return y, *_finish(event, return_recv_hook)
-        if (out.shape, out.dtype, out.device) != (y.shape, y.dtype, y.device):
+        buffer = self._buffer_of(handle, "low_latency_dispatch")
+        _check_rows("x", x, _group_shape(handle, buffer))
+        if topk_idx.shape != topk_weights.shape:
             raise ValueError(
-                f"expected out as {y.dtype} {list(y.shape)} on {y.device}, got {out.dtype} "
-                f"{list(out.shape)} on {out.device}"
+                f"expected topk_idx and topk_weights of one shape, got {list(topk_idx.shape)} and "
+                f"{list(topk_weights.shape)}"
             )
-        copied = _CopiedAfter(event, y, out)
-        if not aside:
-            copied.wait()
-        return out, *_finish(copied, return_recv_hook)
+        with torch.no_grad():
+            weights, first = buffer.dispatch_weights(topk_weights, handle, async_op=async_finish)
+            y, last = buffer.combine(
+                x.flatten(0, 1), handle, weights=weights, out=out, async_op=async_finish
+            )
+        # The first too: what its call reads is kept until somebody waits for it.
+        event = EventOverlap(_InOrder((first, last)) if async_finish else None)
+        return y, event, _no_hook if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
         """bfloat16 [G, n, H] to write rows for a combine into."""
-        buffer = self._buffer_of(handle)
-        shape = (len(handle.counts), handle.rows_per_expert or 0, buffer.config.hidden)
+        shape = _group_shape(handle, self._buffer_of(handle, "low_latency_dispatch"))
         return torch.empty(shape, dtype=torch.bfloat16, device=handle.counts.device)
 
     def _low_latency_buffers(self, most: int) -> SharedBuffers:
@@ -205,37 +217,58 @@ class LowLatencyCalls:
             self._low_latency[most] = SharedBuffers(
                 "set num_max_dispatch_tokens_per_rank to the most there will be",
                 max_tokens=most,
-                options={
-                    "transport": self.low_latency_transport,
-                    "num_sms": self.low_latency_num_sms,
-                    "timeout_s": self.timeout_s,
-                },
+                options=self._low_latency_options,
             )
         return self._low_latency[most]
 
     def _forget_low_latency(self) -> None:
-        for buffers in self._low_latency.values():
-            buffers.clear()
+        self._low_latency.clear()
 
 
-class _CopiedAfter:
-    """Sums that go elsewhere as soon as somebody waits for them."""
+@dataclass(frozen=True)
+class _InOrder:
+    """Events of calls that follow each other."""
 
-    def __init__(self, event: ep.Event, y: Tensor, out: Tensor) -> None:
-        self._event, self._y, self._out = event, y, out
-        self._done = False
+    events: tuple[ep.Event, ...]
 
     def wait(self) -> None:
-        self._event.wait()
-        if not self._done:
-            self._out.copy_(self._y)
-            self._done = True
+        for event in self.events:
+            event.wait()
 
 
-def _finish(
-    event: ep.Event | _CopiedAfter, return_recv_hook: bool
-) -> tuple[EventOverlap, Hook | None]:
-    return EventOverlap(event), event.wait if return_recv_hook else None
+def _no_hook() -> None:
+    """The call has been made."""
+
+
+def _group_shape(handle: Handle, buffer: ep.Buffer) -> tuple[int, int, int]:
+    """Of rows in groups: [G, n, H]."""
+    assert handle.rows_per_expert is not None
+    return len(handle.counts), handle.rows_per_expert, buffer.config.hidden
+
+
+def _check_rows(name: str, rows: object, shape: tuple[int | str, ...]) -> None:
+    """Check a tensor of bfloat16; names in ``shape`` stand for any size."""
+    fits = (
+        isinstance(rows, Tensor)
+        and rows.dtype == torch.bfloat16
+        and rows.dim() == len(shape)
+        and all(isinstance(n, str) or n == m for n, m in zip(shape, rows.shape, strict=True))
+    )
+    if not fits:
+        got = type(rows).__name__
+        if isinstance(rows, Tensor):
+            got = f"{rows.dtype} {list(rows.shape)}"
+        wanted = ", ".join(str(n) for n in shape)
+        raise ValueError(f"expected {name} as torch.bfloat16 [{wanted}], got {got}")
+
+
+def _check_stats(stats: Tensor | None, num_local: int) -> None:
+    if stats is None or (stats.shape == (num_local,) and stats.dtype in _COUNTS):
+        return
+    raise ValueError(
+        "expected cumulative_local_expert_recv_stats as torch.int32 or torch.int64 "
+        f"[{num_local}], got {stats.dtype} {list(stats.shape)}"
+    )
 
 
 def _refuse(**given: Any) -> None:
