@@ -38,7 +38,17 @@ from tests.training.test_trainer import CONFIG, TEXT
 CPU = torch.device("cpu")
 NUMBERS = (0, 8, 24)
 STEPS = 2 * tuner.num_steps(len(NUMBERS))
-SHORT = replace(CONFIG, pp=1, ep=2, batch=8, seq_len=16, steps=STEPS, redundant_experts=2)
+SHORT = replace(
+    CONFIG,
+    model=replace(CONFIG.model, num_layers=2),
+    pp=1,
+    ep=2,
+    num_chunks=2,
+    batch=4,
+    seq_len=16,
+    steps=STEPS,
+    redundant_experts=2,
+)
 
 
 @pytest.mark.parametrize(
