@@ -96,6 +96,7 @@ tests() {
   together \
     multi-nvlink "${multi[@]}" $transports -k "nvlink-" -- \
     multi-copy-engine "${multi[@]}" $transports -k "copy_engine-" -- \
+    multi-low-latency "${multi[@]}" $transports -k "low_latency-" -- \
     multi-nccl "${multi[@]}" $transports -k "nccl-"
   # One at a time: they watch time-outs and what overlaps.
   run multi-others "${multi[@]}" tests --ignore $transports
@@ -114,7 +115,8 @@ sanitize() {
   together \
     memcheck "${tool[@]}" memcheck "${pytest[@]}" tests/gpu/test_core.py "${plans[@]}" -- \
     racecheck "${tool[@]}" racecheck "${pytest[@]}" tests/gpu/test_core.py "${plans[@]}" -- \
-    memcheck-ep "${tool[@]}" memcheck "${ranks[@]}" "(test_forward or test_sizes) and virtual-2" -- \
+    memcheck-ep "${tool[@]}" memcheck "${ranks[@]}" \
+    "(test_forward or test_sizes or test_groups) and virtual-2" -- \
     memcheck-mistakes "${tool[@]}" memcheck "${ranks[@]}" "test_mistakes and virtual-2" -- \
     racecheck-ep "${tool[@]}" racecheck "${ranks[@]}" "test_sizes and virtual-2"
   grep -hE 'ERROR SUMMARY|RACECHECK SUMMARY' "$out"/*check*.log
@@ -137,6 +139,8 @@ bench() {  # one after the other: they measure
   run bench-pack "${dualpipe[@]}" pipeline --parts pair --layers 2 --rounds 3 \
     --transports copy_engine --pack-sms 4,8,16 --output "$out/pipeline.csv" \
     --picture "$out/pack.png"
+  run bench-decode "$python" benchmarks/decode.py
+  cp benchmarks/results/decode.csv "$out" || status=1
   if "$python" -c 'import megatron.core' 2>/dev/null; then
     run bench-megatron "$python" benchmarks/megatron_dispatcher.py
     cp benchmarks/results/megatron.csv "$out" || status=1
