@@ -79,6 +79,34 @@ def test_expert_layout_is_the_token_layout_sorted_by_expert(
         assert start == len(groups.tokens)
 
 
+@given(routings(), st.integers(0, 3))
+def test_groups_of_fixed_size_hold_what_packed_groups_hold(routing: Routing, spare: int) -> None:
+    xs, weights = _tokens(routing), _weights(routing)
+    how = {"num_experts": routing.num_experts, "layout": "expert"}
+    packed = reference.dispatch(xs, routing.topk_idx, weights, **how)
+    size = max(1, max(int(r.counts.max()) for r in packed) + spare)
+    groups = reference.dispatch(xs, routing.topk_idx, weights, rows_per_expert=size, **how)
+    for tight, wide in zip(packed, groups, strict=True):
+        assert torch.equal(wide.counts, tight.counts)
+        assert wide.offsets.tolist() == [size * (e + 1) for e in range(len(wide.counts))]
+        place = torch.arange(size)
+        filled = (place < wide.counts.unsqueeze(1)).flatten()
+        assert torch.equal(wide.tokens[filled], tight.tokens)
+        assert torch.equal(wide.weights[filled], tight.weights)
+        assert not wide.tokens[~filled].any()
+    ys = [
+        reference.combine(
+            [r.tokens for r in by_rank],
+            routing.topk_idx,
+            weights=[r.weights for r in by_rank],
+            **how,
+            **shape,
+        )
+        for by_rank, shape in ((packed, {}), (groups, {"rows_per_expert": size}))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*ys, strict=True))
+
+
 @given(routings())
 def test_combine_counts_ranks_in_token_layout(routing: Routing) -> None:
     xs = _tokens(routing)
