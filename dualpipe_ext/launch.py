@@ -31,6 +31,15 @@ from dualpipe_ext.errors import CommTimeoutError, WorkerFailedError
 _PRELOAD = ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes"]
 
 
+def preload(*modules: str) -> None:
+    """Have the server import these too; before the first run of this process.
+
+    Ranks that share the cores of a machine would import them all at the same time. Only for modules
+    that touch no GPU when they are imported: workers of a server that has could not use any.
+    """
+    _PRELOAD.extend(name for name in modules if name not in _PRELOAD)
+
+
 def default_backend() -> str:
     """``nccl`` (with gloo for CPU tensors) where there is a GPU, else ``gloo``."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

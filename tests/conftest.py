@@ -17,6 +17,15 @@ from hypothesis import settings
 # Tests and the ranks they start share few cores: OpenMP threads that wait for each other would spin
 # away the time of the others. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What most of the ranks that tests start would import, each for itself; a second of every run.
+PRELOADED = (
+    "pytest",
+    "hypothesis",
+    "dualpipe_ext.training.run",
+    "dualpipe_ext.bench.ep_run",
+    "dualpipe_ext.bench.pipeline_run",
+    "dualpipe_ext.integrations.deep_ep",
+)
 
 # How long an example takes says nothing on a machine that others use.
 settings.register_profile("shared", deadline=None)
@@ -31,6 +40,10 @@ def pytest_configure() -> None:
     # The Triton kernels are not below dualpipe_ext/ in the tree: only an install maps them there.
     if importlib.util.find_spec("dualpipe_ext.kernels") is None:
         pytest.exit("dualpipe_ext is not installed: run `make test`, or `pip install -e .`", 2)
+    if not _num_hopper_gpus():  # not tried where workers go on to use GPUs
+        from dualpipe_ext import launch
+
+        launch.preload(*PRELOADED)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
