@@ -171,26 +171,16 @@ def received(
 ) -> TokenMajor | ExpertMajor:
     """What a dispatch gives: tokens, scales, weights and grad_carrier, as the handle says."""
     tokens, scales, weights, grad_carrier = outputs
+    shared = {
+        "tokens": tokens,
+        "counts": handle.counts,
+        "host_counts": handle.host_counts,
+        "scales": scales,
+        "event": event,
+        "grad_carrier": grad_carrier,
+    }
     if handle.layout == "expert":
         assert handle.offsets is not None
-        return ExpertMajor(
-            tokens=tokens,
-            counts=handle.counts,
-            host_counts=handle.host_counts,
-            scales=scales,
-            event=event,
-            grad_carrier=grad_carrier,
-            offsets=handle.offsets,
-            weights=weights,
-        )
+        return ExpertMajor(**shared, offsets=handle.offsets, weights=weights)
     assert handle.topk_idx is not None
-    return TokenMajor(
-        tokens=tokens,
-        counts=handle.counts,
-        host_counts=handle.host_counts,
-        scales=scales,
-        event=event,
-        grad_carrier=grad_carrier,
-        topk_idx=handle.topk_idx,
-        topk_weights=weights,
-    )
+    return TokenMajor(**shared, topk_idx=handle.topk_idx, topk_weights=weights)
