@@ -90,22 +90,19 @@ class Step:
     def prepare(self, room: int) -> None:
         """Fix the number of rows, and make what the experts would have made."""
         self._room = room
-        recv, self._handle = self._dispatch()
+        recv, self._handle = self.dispatch()
         self._weights = recv.weights if self._layout == "expert" else None
         self._rows = recv.dequantize().bfloat16()
 
-    def _dispatch(self) -> tuple[TokenMajor | ExpertMajor, Handle]:
+    def dispatch(self) -> tuple[TokenMajor | ExpertMajor, Handle]:
         given = self._inputs
         how = {"layout": self._layout, "max_recv_tokens": self._room, "fp8": True}
         return self._buffer.dispatch(given.x, given.topk_idx, given.topk_weights, **how)
 
     def received(self) -> tuple[Tensor, Tensor]:
         """Rows and scales, without those that nobody wrote."""
-        recv, _ = self._dispatch()
+        recv, _ = self.dispatch()
         return recv.tokens, recv.scales
-
-    def dispatch(self) -> None:
-        self._dispatch()
 
     def combine(self) -> Tensor:
         return self._combine(self._handle)
@@ -114,7 +111,7 @@ class Step:
         return self._buffer.combine(self._rows, handle, weights=self._weights)[0]
 
     def step(self) -> Tensor:
-        _, handle = self._dispatch()
+        _, handle = self.dispatch()
         return self._combine(handle)
 
     def check(self) -> None:
@@ -129,12 +126,12 @@ class GroupStep(Step):
         """Rows of a group, in which all tokens of all ranks have room."""
         return ranks.num_ranks * len(self._inputs.x)
 
-    def _dispatch(self) -> tuple[ExpertMajor, Handle]:
+    def dispatch(self) -> tuple[ExpertMajor, Handle]:
         how = {"layout": "expert", "rows_per_expert": self._room, "fp8": True}
         return self._buffer.dispatch(self._inputs.x, self._inputs.topk_idx, **how)
 
     def received(self) -> tuple[Tensor, Tensor]:
-        recv, _ = self._dispatch()
+        recv, _ = self.dispatch()
         place = torch.arange(self._room, device=recv.counts.device)
         filled = (place < recv.counts.unsqueeze(1)).flatten()
         return recv.tokens.view(torch.uint8)[filled], recv.scales[filled]

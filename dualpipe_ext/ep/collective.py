@@ -35,6 +35,7 @@ from dualpipe_ext.ep.transport import (
     Transport,
     TransportConfig,
     describe_setting,
+    settings_differ,
     too_many_rows,
 )
 from dualpipe_ext.kernels.backend import accumulator_dtype
@@ -273,11 +274,8 @@ def _check_announcements(
     for rank, told in enumerate(table):
         setting = ROW_LAYOUTS[told.row_layout], told.unit
         if setting != options.setting:
-            raise ValueError(
-                "expected the same layout and alignment on all ranks, got "
-                f"{describe_setting(*options.setting)} at rank {config.rank}, "
-                f"{describe_setting(*setting)} at rank {rank}"
-            )
+            own, theirs = describe_setting(*options.setting), describe_setting(*setting)
+            raise settings_differ(config.rank, own, rank, theirs)
         arriving = _rows_at(rank, table, config.num_local_experts, options)
         if 0 <= told.limit < arriving:
             raise too_many_rows(setting[0], told.limit, rank, arriving)

@@ -26,6 +26,7 @@ from dualpipe_ext.ep.transport import (
     Transport,
     TransportConfig,
     describe_setting,
+    settings_differ,
     too_many_rows,
 )
 from dualpipe_ext.errors import CommTimeoutError
@@ -162,11 +163,9 @@ class PeerTransport(Transport):
             raise too_many_rows(fault["layout"], fault["limit"], rank, fault["count"])
         mine = "another" if options is None else describe_setting(*options.setting)
         theirs = describe_setting(fault["layout"], fault["alignment"])
-        raise ValueError(
-            f"expected the same layout and alignment on all ranks, got {mine} at rank "
-            f"{self.config.rank}, {theirs} at rank {rank}"
-            + (" with zero_copy" if fault["zero_copy"] else "")
-        )
+        if fault["zero_copy"]:
+            theirs += " with zero_copy"
+        raise settings_differ(self.config.rank, mine, rank, theirs)
 
     def reset(self) -> None:
         # Nobody's kernels may still write when the flags are cleared, and nobody may start before

@@ -84,15 +84,21 @@ class RouteOptions:
 
 
 ROW_LAYOUTS = ("token", "expert", "groups")
-"""By their numbers in csrc/ep/row_layout.h."""
+"""What rows can lie like; csrc/ep/row_layout.h says what each means."""
 
 
 def describe_setting(row_layout: str, unit: int) -> str:
     """A :attr:`RouteOptions.setting` in words."""
-    return (
-        f"'expert' and {unit} rows per expert"
-        if row_layout == "groups"
-        else (f"{row_layout!r} and {unit}")
+    if row_layout == "groups":
+        return f"'expert' and {unit} rows per expert"
+    return f"{row_layout!r} and {unit}"
+
+
+def settings_differ(rank: int, own: str, other: int, theirs: str) -> ValueError:
+    """For two ranks that made different calls, whose settings are given in words."""
+    return ValueError(
+        f"expected the same layout and alignment on all ranks, got {own} at rank {rank}, {theirs} "
+        f"at rank {other}"
     )
 
 
@@ -141,6 +147,8 @@ class Transport(ABC):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    least_row_bytes: ClassVar[int] = 16
+    """Of the narrowest row that it moves."""
 
     def __init__(self, config: TransportConfig) -> None:
         self.config = config
@@ -149,9 +157,6 @@ class Transport(ABC):
     @abstractmethod
     def unavailable(cls, config: TransportConfig) -> str | None:
         """Why this machine or group cannot use the transport, in one line; None if it can."""
-
-    # Bytes of the narrowest row that it moves.
-    least_row_bytes: ClassVar[int] = 16
 
     def narrowest_rows(self, num_tokens: int, device: torch.device) -> Tensor:
         """[T, ...] to go with weights that are dispatched for themselves."""

@@ -55,16 +55,21 @@ def routed(buffer: deep_ep.Buffer, x: Any, idx: Tensor, weights: Tensor, **how: 
     )
 
 
+def inputs_of_all() -> tuple[list[Tensor], ...]:
+    """x, topk_idx and topk_weights by rank, on the CPU."""
+    given = zip(*(inputs(rank) for rank in range(RANKS)), strict=True)
+    return tuple([tensor.cpu() for tensor in column] for column in given)
+
+
 def expected() -> tuple[TokenMajor, list[tuple[Tensor, Tensor, Tensor]]]:
     """What this rank receives, by the reference of all transports; and the inputs of all ranks."""
-    given = [inputs(rank) for rank in range(RANKS)]
-    xs, ids, weights = ([tensor.cpu() for tensor in column] for column in zip(*given, strict=True))
+    xs, ids, weights = inputs_of_all()
     everyone = reference.dispatch(xs, ids, weights, num_experts=EXPERTS, layout="token")
     mine = everyone[dist.get_rank()]
     rows = {
         name: getattr(mine, name).to(device()) for name in ("tokens", "topk_idx", "topk_weights")
     }
-    return replace(mine, **rows), given
+    return replace(mine, **rows), [inputs(rank) for rank in range(RANKS)]
 
 
 def layout_counts() -> None:

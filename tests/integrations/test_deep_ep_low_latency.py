@@ -20,7 +20,15 @@ from dualpipe_ext.ep import ExpertMajor, Quantized, dequantize, reference
 from dualpipe_ext.integrations import deep_ep
 from dualpipe_ext.launch import run_ranks
 from tests.integrations.ranks import device
-from tests.integrations.test_deep_ep import EXPERTS, HIDDEN, LOCAL, RANKS, TOKENS, inputs
+from tests.integrations.test_deep_ep import (
+    EXPERTS,
+    HIDDEN,
+    LOCAL,
+    RANKS,
+    TOKENS,
+    inputs,
+    inputs_of_all,
+)
 
 MOST = 12  # tokens of a rank
 ROWS = RANKS * MOST
@@ -29,7 +37,7 @@ WAYS = ({}, {"async_finish": True}, {"return_recv_hook": True})
 
 def expected(**how: Any) -> ExpertMajor:
     """What this rank receives, by the reference; on its device."""
-    xs, ids, weights = _of_all_ranks()
+    xs, ids, weights = inputs_of_all()
     return reference.dispatch(
         xs, ids, weights, num_experts=EXPERTS, layout="expert", rows_per_expert=ROWS, **how
     )[dist.get_rank()]
@@ -37,16 +45,11 @@ def expected(**how: Any) -> ExpertMajor:
 
 def expected_sums() -> Tensor:
     """What comes back to this rank from rows that nobody has changed."""
-    xs, ids, weights = _of_all_ranks()
+    xs, ids, weights = inputs_of_all()
     how = {"num_experts": EXPERTS, "layout": "expert", "rows_per_expert": ROWS}
     everyone = reference.dispatch(xs, ids, weights, **how)
     rows, factors = zip(*((r.tokens, r.weights) for r in everyone), strict=True)
     return reference.combine(rows, ids, weights=factors, **how)[dist.get_rank()].to(device())
-
-
-def _of_all_ranks() -> tuple[list[Tensor], ...]:
-    given = zip(*(inputs(rank) for rank in range(RANKS)), strict=True)
-    return tuple([tensor.cpu() for tensor in column] for column in given)
 
 
 def filled(groups: Tensor, counts: Tensor) -> Tensor:

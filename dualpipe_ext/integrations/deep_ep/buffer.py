@@ -15,7 +15,7 @@ from dualpipe_ext import ep
 from dualpipe_ext.ep import Handle
 from dualpipe_ext.ep.collective import destinations
 from dualpipe_ext.integrations.deep_ep.low_latency import LowLatencyCalls
-from dualpipe_ext.integrations.deep_ep.utils import EventHandle, EventOverlap
+from dualpipe_ext.integrations.deep_ep.utils import EventHandle, EventOverlap, overlap_of
 from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -110,7 +110,7 @@ class Buffer(LowLatencyCalls):
     def destroy(self) -> None:
         """Give up the communication memory, but for that of handles that are alive."""
         self._buffers.clear()
-        self._forget_low_latency()
+        self._low_latency.clear()
         self._of_transport.clear()
 
     # --- calls ---------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Buffer(LowLatencyCalls):
         with torch.no_grad():
             if handle is not None:
                 recv, _ = self._buffer_of(handle, "dispatch").dispatch(x, handle=handle, **how)
-                event = EventOverlap(recv.event if async_finish else None)
+                event = overlap_of(recv.event, async_finish)
                 return _rows(recv), None, None, [], handle, event
             if topk_idx is None or num_tokens_per_expert is None:
                 raise ValueError("expected topk_idx and num_tokens_per_expert, or a handle")
@@ -216,7 +216,7 @@ class Buffer(LowLatencyCalls):
             recv, handle = buffer.dispatch(x, topk_idx, topk_weights, max_recv_tokens=bound, **how)
         self._of_transport[handle.owner] = buffer
         counts = [-(-n // expert_alignment) * expert_alignment for n in recv.host_counts or []]
-        event = EventOverlap(recv.event if async_finish else None)
+        event = overlap_of(recv.event, async_finish)
         return _rows(recv), recv.topk_idx, recv.topk_weights, counts, handle, event
 
     def combine(
@@ -263,7 +263,7 @@ class Buffer(LowLatencyCalls):
                 if isinstance(bias, tuple):
                     bias = bias[0] + bias[1]
                 y, event = buffer.combine(x, handle, bias=bias, async_op=async_finish)
-        return y, numbers, EventOverlap(event if async_finish else None)
+        return y, numbers, overlap_of(event, async_finish)
 
     def check(self) -> None:
         """Raise what kernels have reported since the last call, of calls of both kinds; does not

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dualpipe_ext import ep
 from dualpipe_ext.ep import Handle
-from dualpipe_ext.integrations.deep_ep.utils import EventOverlap
+from dualpipe_ext.integrations.deep_ep.utils import EventOverlap, overlap_of
 from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 
 Hook = Callable[[], None]
@@ -115,7 +115,7 @@ class LowLatencyCalls:
         """
         _refuse(dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, use_ue8m0=use_ue8m0)
         _check_one(async_finish, return_recv_hook)
-        _check_rows("x", x, ("T", "H"))
+        _check_rows(x, ("T", "H"))
         num_local = num_experts // self.group.size()
         _check_stats(cumulative_local_expert_recv_stats, num_local)
         most = num_max_dispatch_tokens_per_rank
@@ -146,7 +146,7 @@ class LowLatencyCalls:
         groups = recv.tokens.view(len(counts), rows, -1)
         if recv.scales is not None:
             groups = groups, recv.scales.view(len(counts), rows, -1)
-        event = EventOverlap(recv.event if async_finish else None)
+        event = overlap_of(recv.event, async_finish)
         return groups, counts, handle, event, _no_hook if return_recv_hook else None
 
     def low_latency_combine(
@@ -187,7 +187,7 @@ class LowLatencyCalls:
         _refuse(combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
         _check_one(async_finish, return_recv_hook)
         buffer = self._buffer_of(handle, "low_latency_dispatch")
-        _check_rows("x", x, _group_shape(handle, buffer))
+        _check_rows(x, _group_shape(handle, buffer))
         if topk_idx.shape != topk_weights.shape:
             raise ValueError(
                 f"expected topk_idx and topk_weights of one shape, got {list(topk_idx.shape)} and "
@@ -199,7 +199,7 @@ class LowLatencyCalls:
                 x.flatten(0, 1), handle, weights=weights, out=out, async_op=async_finish
             )
         # The first too: what its call reads is kept until somebody waits for it.
-        event = EventOverlap(_InOrder((first, last)) if async_finish else None)
+        event = overlap_of(_InOrder((first, last)), async_finish)
         return y, event, _no_hook if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
@@ -220,9 +220,6 @@ class LowLatencyCalls:
                 options=self._low_latency_options,
             )
         return self._low_latency[most]
-
-    def _forget_low_latency(self) -> None:
-        self._low_latency.clear()
 
 
 @dataclass(frozen=True)
@@ -246,20 +243,20 @@ def _group_shape(handle: Handle, buffer: ep.Buffer) -> tuple[int, int, int]:
     return len(handle.counts), handle.rows_per_expert, buffer.config.hidden
 
 
-def _check_rows(name: str, rows: object, shape: tuple[int | str, ...]) -> None:
-    """Check a tensor of bfloat16; names in ``shape`` stand for any size."""
+def _check_rows(x: object, shape: tuple[int | str, ...]) -> None:
+    """Check ``x``, of bfloat16; names in ``shape`` stand for any size."""
     fits = (
-        isinstance(rows, Tensor)
-        and rows.dtype == torch.bfloat16
-        and rows.dim() == len(shape)
-        and all(isinstance(n, str) or n == m for n, m in zip(shape, rows.shape, strict=True))
+        isinstance(x, Tensor)
+        and x.dtype == torch.bfloat16
+        and x.dim() == len(shape)
+        and all(isinstance(n, str) or n == m for n, m in zip(shape, x.shape, strict=True))
     )
     if not fits:
-        got = type(rows).__name__
-        if isinstance(rows, Tensor):
-            got = f"{rows.dtype} {list(rows.shape)}"
+        got = type(x).__name__
+        if isinstance(x, Tensor):
+            got = f"{x.dtype} {list(x.shape)}"
         wanted = ", ".join(str(n) for n in shape)
-        raise ValueError(f"expected {name} as torch.bfloat16 [{wanted}], got {got}")
+        raise ValueError(f"expected x as torch.bfloat16 [{wanted}], got {got}")
 
 
 def _check_stats(stats: Tensor | None, num_local: int) -> None:

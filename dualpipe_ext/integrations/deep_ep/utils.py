@@ -60,3 +60,8 @@ class EventOverlap:
         trace: TracebackType | None,
     ) -> None:
         self.current_stream_wait()
+
+
+def overlap_of(event: Waits, async_finish: bool) -> EventOverlap:
+    """What a call returns: with an event only if it was asked for, as DeepEP's do."""
+    return EventOverlap(event if async_finish else None)
