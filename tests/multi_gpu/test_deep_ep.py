@@ -34,7 +34,7 @@ def _takes_kernels_for_few_tokens() -> None:
     buffer = deep_ep.Buffer(dist.group.WORLD)
     x, idx, _ = decoding.inputs(dist.get_rank())
     *_, handle, _, _ = buffer.low_latency_dispatch(x, idx, decoding.MOST, decoding.EXPERTS)
-    assert buffer._buffer_of(handle).transport == "low_latency"
+    assert buffer._buffer_of(handle, "low_latency_dispatch").transport == "low_latency"
 
 
 def test_decoding_takes_the_kernels_for_few_tokens() -> None:
