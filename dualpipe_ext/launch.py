@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,13 @@ def _worker(
     init_file: str,
     backend: str,
     timeout_s: float,
-    results: Any,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
+    # While there is one thread, and never after: before glibc 2.41 a getenv may crash beside a
+    # setenv of another thread, and the NCCL heartbeat that init_process_group starts calls it
+    # (pytorch issue 175724).
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     # A terminal's Ctrl-C reaches every process: leave at once and silently, the launcher reports.
     # os._exit, because a rank inside a collective would never see a Python exception.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -73,7 +79,6 @@ def _worker(
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks share the cores of one machine: more threads than cores make every rank slower.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
@@ -84,7 +89,11 @@ def _worker(
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     # Bytes, not tensors: torch would pass tensors as file descriptors of a process about to end.
-    results.put(pickle.dumps((rank, fn(*args))))
+    # Renamed, so that it is whole or not there: a rank may die at any time.
+    result = _result_file(init_file, rank)
+    unfinished = result.with_suffix(".unfinished")
+    unfinished.write_bytes(pickle.dumps(fn(*args)))
+    unfinished.rename(result)
     # Only after success: on failure the traceback must be on disk before the peers notice.
     dist.destroy_process_group()
 
@@ -92,6 +101,11 @@ def _worker(
 def _crash_file(init_file: str, rank: int) -> Path:
     """Where a rank that crashes leaves what its threads were at."""
     return Path(f"{init_file}-crash-{rank}")
+
+
+def _result_file(init_file: str, rank: int) -> Path:
+    """Where a rank leaves its result."""
+    return Path(f"{init_file}-result-{rank}")
 
 
 def _leave_with_parent() -> None:
@@ -110,6 +124,7 @@ def run_ranks(
     timeout_s: float = 300.0,
     run_timeout_s: float | None = None,
     grace_s: float = 5.0,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Run ``fn(*args)`` on ``num_ranks`` processes joined by one process group.
 
@@ -119,7 +134,11 @@ def run_ranks(
         backend: torch.distributed backend; by default what the machine has.
         timeout_s: longest wait inside one collective, in seconds.
         run_timeout_s: longest time for the whole run, in seconds; ``None`` for no limit (training).
-        grace_s: time between asking the other processes to stop and killing them, in seconds.
+        grace_s: how long the other processes have to end by themselves once one has failed, and
+            again between asking them to stop and killing them, in seconds.
+        environment: variables that every rank has besides, set before it has a second thread. A
+            rank must set none later: threads of NCCL read them, and that may crash it. What torch
+            reads when it is imported is read before.
 
     Returns:
         The results of all ranks, in rank order. They are pickled; return plain data or CPU tensors.
@@ -130,61 +149,99 @@ def run_ranks(
         CommTimeoutError: the run took longer than ``run_timeout_s``.
     """
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    deadline = None if run_timeout_s is None else time.monotonic() + run_timeout_s
+    deadline = math.inf if run_timeout_s is None else time.monotonic() + run_timeout_s
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
-        # Drained while the workers run: a result larger than the pipe would block its sender.
-        results = mp.get_context("forkserver").SimpleQueue()
         init_file = str(Path(folder) / "rendezvous")
-        shared = (init_file, backend or default_backend(), timeout_s)
+        shared = (init_file, backend or default_backend(), timeout_s, dict(environment or {}))
         context = mp.start_processes(
             _worker,
-            args=(fn, num_ranks, *shared, results, args),
+            args=(fn, num_ranks, *shared, args),
             nprocs=num_ranks,
             join=False,
             daemon=False,
             start_method="forkserver",
         )
-        collected: dict[int, Any] = {}
         try:
-            done = False
-            while not done:
-                done = context.join(timeout=0.05, grace_period=grace_s)
-                while not results.empty():
-                    rank, value = pickle.loads(results.get())
-                    collected[rank] = value
-                if not done and deadline is not None and time.monotonic() > deadline:
-                    raise CommTimeoutError(
-                        f"expected {num_ranks} ranks to finish within {run_timeout_s:g} s, "
-                        f"got results from ranks {sorted(collected)} only"
-                    )
-        except (mp.ProcessRaisedException, mp.ProcessExitedException):
-            raise _first_failure(context, init_file) from None
+            ended = _watch(context.processes, init_file, deadline, grace_s)
         finally:
             _stop(context.processes, grace_s)
-        return [collected[rank] for rank in range(num_ranks)]
+        if _failed(ended, init_file):
+            raise _first_failure(ended, context.error_files, init_file)
+        results = [_result_file(init_file, rank) for rank in range(num_ranks)]
+        if len(ended) < num_ranks:
+            raise CommTimeoutError(
+                f"expected {num_ranks} ranks to finish within {run_timeout_s:g} s, "
+                f"got results from ranks {[r for r, f in enumerate(results) if f.exists()]} only"
+            )
+        return [pickle.loads(file.read_bytes()) for file in results]
 
 
-def _first_failure(context: Any, init_file: str) -> WorkerFailedError:
+def _watch(
+    processes: Sequence[Any], init_file: str, deadline: float, grace_s: float
+) -> dict[int, int]:
+    """Wait for the ranks; returns the exit codes of those that ended, in that order.
+
+    Not torch's ``join``: it stops the other ranks itself before it tells that one failed, and a
+    rank killed by the launcher then looks like one that was killed by somebody else.
+
+    Args:
+        deadline: when to leave, by the monotonic clock; ``grace_s`` after a rank failed.
+    """
+    ended: dict[int, int] = {}
+    failed = False
+    while len(ended) < len(processes) and (left := deadline - time.monotonic()) > 0:
+        running = [p.sentinel for rank, p in enumerate(processes) if rank not in ended]
+        connection.wait(running, min(left, 60.0))  # which knows no infinity
+        for rank, process in enumerate(processes):
+            if rank not in ended and process.exitcode is not None:
+                ended[rank] = process.exitcode
+        if not failed and _failed(ended, init_file):
+            # The others may say more: whoever failed first is told from the tracebacks of all.
+            failed, deadline = True, time.monotonic() + grace_s
+    return ended
+
+
+def _failed(ended: dict[int, int], init_file: str) -> list[int]:
+    """Those that ended otherwise than with a result and well, in the order in which they did."""
+    return [r for r, code in ended.items() if code or not _result_file(init_file, r).exists()]
+
+
+def _first_failure(
+    ended: dict[int, int], error_files: Sequence[str], init_file: str
+) -> WorkerFailedError:
     """Tell the rank that failed from the ranks that failed because it did.
 
     A rank that died without a traceback (killed, crashed) is the cause: it cannot have been waiting
     for another. Otherwise the oldest traceback is.
+
+    Args:
+        ended: of the ranks that did by themselves: how one went that was stopped tells nothing.
+        error_files: where torch has put tracebacks, by rank.
     """
-    raised: list[tuple[float, int, str]] = []
-    for rank, (process, file) in enumerate(
-        zip(context.processes, context.error_files, strict=True)
-    ):
-        if os.path.exists(file) and os.path.getsize(file):
-            text = pickle.loads(Path(file).read_bytes())
-            raised.append((os.path.getmtime(file), rank, text.strip()))
-        elif process.exitcode not in (0, None, -signal.SIGTERM):
-            code = process.exitcode
-            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-            crash = _crash_file(init_file, rank)
-            trace = crash.read_text(errors="replace").strip() if crash.exists() else ""
-            return WorkerFailedError(rank, f"its process {how}" + (trace and f"\n{trace}"))
-    _, rank, text = min(raised)
-    return WorkerFailedError(rank, text)
+    raised = [
+        (os.path.getmtime(file), rank)
+        for rank, file in enumerate(error_files)
+        if os.path.exists(file) and os.path.getsize(file)
+    ]
+    died = [r for r in _failed(ended, init_file) if r not in {rank for _, rank in raised}]
+    if died:
+        # Who is asked to stop because another one is gone may end sooner than that one.
+        cause = next((r for r in died if ended[r] != -signal.SIGTERM), died[0])
+        return WorkerFailedError(cause, _last_words(cause, ended[cause], init_file))
+    _, rank = min(raised)
+    return WorkerFailedError(rank, pickle.loads(Path(error_files[rank]).read_bytes()).strip())
+
+
+def _last_words(rank: int, code: int, init_file: str) -> str:
+    """How a rank ended that left no traceback, and what it left instead."""
+    how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+    if _result_file(init_file, rank).exists():
+        how += " after it had given its result"
+    elif code == 0:
+        how += " before it had given a result"
+    crash = _crash_file(init_file, rank)
+    trace = crash.read_text(errors="replace").strip() if crash.exists() else ""
+    return f"its process {how}" + (trace and f"\n{trace}")
 
 
 def _stop(processes: list[Any], grace_s: float) -> None:

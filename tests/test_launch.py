@@ -44,7 +44,39 @@ def crash_on(rank: int) -> None:
     dist.barrier()
 
 
+def end_by(how: signal.Signals, rank: int) -> None:
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), how)
+    time.sleep(60)
+
+
+def exit_in_turn(first: int, code: int) -> None:
+    if dist.get_rank() != first:
+        time.sleep(1)
+    os._exit(code if dist.get_rank() == first else 9)
+
+
+def raise_while_others_cannot_be_stopped(rank: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    dist.barrier()
+    if dist.get_rank() == rank:
+        raise KeyError("no such flavour")
+    time.sleep(60)
+
+
+def crash_at_the_end(rank: int) -> None:
+    dist.barrier()  # a rank that left sooner could fail one that still connects to it
+    if dist.get_rank() == rank:
+        dist.destroy_process_group = lambda: ctypes.string_at(0)
+
+
+def variables(*names: str) -> list[str | None]:
+    dist.barrier()
+    return [os.environ.get(name) for name in names]
+
+
 def stall() -> None:
+    dist.barrier()
     if dist.get_rank() == 1:
         time.sleep(60)
 
@@ -59,9 +91,12 @@ def test_results_come_in_rank_order():
     ("fn", "args", "message"),
     [
         (raise_on, (2,), "no such flavour"),
-        (exit_on, (1, 7), "exited with code 7"),
+        (exit_on, (1, 7), "exited with code 7$"),
+        (exit_on, (1, 0), "exited with code 0 before it had given a result$"),
+        (exit_in_turn, (2, 7), "exited with code 7$"),
         (kill_on, (0,), "killed by signal 9$"),
         (crash_on, (1,), r"(?s)killed by signal 11\nFatal Python error.*in crash_on"),
+        (crash_at_the_end, (1,), "killed by signal 11 after it had given its result\nFatal Python"),
     ],
 )
 def test_the_failing_rank_is_named(fn, args, message):
@@ -70,6 +105,38 @@ def test_the_failing_rank_is_named(fn, args, message):
         run_ranks(fn, 3, *args, run_timeout_s=60)
     assert caught.value.rank == args[0]
     assert time.monotonic() - started < 20
+
+
+def test_a_rank_that_somebody_stops_is_named():
+    with pytest.raises(WorkerFailedError, match=r"killed by signal 15$") as caught:
+        run_ranks(end_by, 2, signal.SIGTERM, 1, run_timeout_s=60, grace_s=1)
+    assert caught.value.rank == 1
+
+
+def test_a_rank_that_had_to_be_killed_is_not_the_cause():
+    with pytest.raises(WorkerFailedError, match="no such flavour") as caught:
+        run_ranks(raise_while_others_cannot_be_stopped, 3, 1, run_timeout_s=60, grace_s=1)
+    assert caught.value.rank == 1
+
+
+def test_ranks_have_the_environment_that_is_given():
+    environment = {"DUALPIPE_TEST_FLAVOUR": "mint", "RANK": "7"}
+    names = ("DUALPIPE_TEST_FLAVOUR", "RANK", "WORLD_SIZE")
+    results = run_ranks(variables, 2, *names, run_timeout_s=60, environment=environment)
+    assert results == [["mint", "0", "2"], ["mint", "1", "2"]]
+    assert "DUALPIPE_TEST_FLAVOUR" not in os.environ
+
+
+def test_ranks_have_it_before_they_join_their_group():
+    """It would be too late after: gloo looks up its interface once."""
+    with pytest.raises(WorkerFailedError, match=r"(?s)init_process_group.*no-such-interface"):
+        run_ranks(
+            variables,
+            1,
+            backend="gloo",
+            run_timeout_s=60,
+            environment={"GLOO_SOCKET_IFNAME": "no-such-interface"},
+        )
 
 
 def test_a_run_that_takes_too_long_is_ended():

@@ -22,8 +22,7 @@ of gradients, for which large stages leave no room, is not needed.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
@@ -43,7 +42,9 @@ from dualpipe_ext.pipeline.pair_orders import NUM_SAMPLES, WARM_UP
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
 from dualpipe_ext.sms import SMPartition, set_partition
 
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+# A setting of cuBLAS that torch accepts as deterministic. On Hopper torch gives cuBLAS as large a
+# workspace, 32 MiB, when nothing is set, so figures measured with it are those without.
+DETERMINISTIC_ENVIRONMENT: Mapping[str, str] = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 FORMS = ("compute", "comm", "serial", "pair")
 # How often the throttle is corrected, and how far from equal the two may stay.
 _CORRECTIONS, _CLOSE = 6, 0.02
@@ -383,18 +384,18 @@ class PairBench:
 def deterministic() -> Iterator[None]:
     """Attention without atomic additions: its backward has them unless this is asked strictly.
 
+    On a GPU the process must have :data:`DETERMINISTIC_ENVIRONMENT` from its start on: threads of
+    NCCL may read the environment at any time, so a rank must not write it (``launch._worker``).
+
     Raises:
-        RuntimeError: in the body, of an operation that has no deterministic form.
+        RuntimeError: in the body, of an operation that has no deterministic form; of any matrix
+            product without that environment.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    # torch asks for one of two settings of cuBLAS. Its own workspaces, one for every stream, make
-    # products repeatable whichever was read when cuBLAS was loaded.
-    setting = os.environ.get(_CUBLAS)
-    os.environ[_CUBLAS] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
@@ -402,6 +403,3 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fills
-        del os.environ[_CUBLAS]
-        if setting is not None:
-            os.environ[_CUBLAS] = setting

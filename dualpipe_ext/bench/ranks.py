@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -166,7 +166,12 @@ def under_torchrun() -> bool:
 
 
 def start(
-    fn: Callable[..., T], num_ranks: int, *args: object, virtual: bool, device_type: str
+    fn: Callable[..., T],
+    num_ranks: int,
+    *args: object,
+    virtual: bool,
+    device_type: str,
+    environment: Mapping[str, str] | None = None,
 ) -> T | None:
     """Call ``fn(ranks, *args)`` on every rank; returns rank 0's result, None in other processes.
 
@@ -175,10 +180,14 @@ def start(
         num_ranks: number of ranks; under torchrun its own.
         virtual: threads on one device instead of processes.
         device_type: "cuda" or "cpu".
+        environment: variables that the processes of the ranks have besides, before they meet; this
+            process keeps them if it is one of them.
 
     Raises:
         WorkerFailedError: a process of a rank raised or died.
     """
+    if virtual or under_torchrun():
+        os.environ.update(environment or {})  # before NCCL has threads that read it
     if virtual:
         ranks = LocalRanks(num_ranks, timeout_s=MEETING_TIMEOUT_S)
         return ranks.run(_virtual_rank, device_type, fn, *args)[0]
@@ -198,6 +207,7 @@ def start(
         *args,
         backend=backend,
         timeout_s=MEETING_TIMEOUT_S,
+        environment=environment,
     )
     return results[0]
 

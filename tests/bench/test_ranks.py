@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 import torch
 
+from dualpipe_ext import launch
 from dualpipe_ext.bench.ranks import ProblemError, Ranks, start
 
 
@@ -68,3 +72,35 @@ def test_a_problem_of_one_rank_is_everyones(failing: int, virtual: bool) -> None
 
 def test_no_problem() -> None:
     assert start(meet, 2, None, virtual=False, device_type="cpu") == [*["7"] * 5, "1.0"]
+
+
+def flavour(ranks: Ranks) -> list[str | None]:
+    return ranks.gather_object(os.environ.get("DUALPIPE_TEST_FLAVOUR"))
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_ranks_have_the_environment_that_is_given(
+    virtual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUALPIPE_TEST_FLAVOUR", "mint")
+    given = {"DUALPIPE_TEST_FLAVOUR": "lime"}
+    run = {"virtual": virtual, "device_type": "cpu", "environment": given}
+    assert start(flavour, 2, **run) == ["lime", "lime"]
+    assert os.environ["DUALPIPE_TEST_FLAVOUR"] == ("lime" if virtual else "mint")
+
+
+def test_ranks_of_torchrun_have_it_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALPIPE_TEST_FLAVOUR", "mint")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    join, seen = launch.init_from_env, []
+
+    def joined(**options: Any) -> None:
+        seen.append(os.environ["DUALPIPE_TEST_FLAVOUR"])
+        join(**options)
+
+    monkeypatch.setattr(launch, "init_from_env", joined)
+    given = {"DUALPIPE_TEST_FLAVOUR": "lime"}
+    found = start(flavour, 1, virtual=False, device_type="cpu", environment=given)
+    assert seen == found == ["lime"]

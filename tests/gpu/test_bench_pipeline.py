@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from dualpipe_ext.bench import pipeline_run
+from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.bench.ranks import start
 from dualpipe_ext.sms import MEANS
 from tests.bench.pipeline_runs import MODEL, OPTIONS, check_pairs
 
+PROCESSES = {"virtual": False, "device_type": "cuda", "environment": DETERMINISTIC_ENVIRONMENT}
 WIDE = replace(
     OPTIONS,
     model=MODEL.with_overrides(
@@ -25,7 +27,7 @@ WIDE = replace(
 
 
 def test_the_check_on_a_gpu():
-    good, lost, doubled = start(check_pairs, 1, virtual=False, device_type="cuda")
+    good, lost, doubled = start(check_pairs, 1, **PROCESSES)
     assert good == ""
     assert "gradient" in lost
     assert "gradient" in doubled
@@ -34,7 +36,7 @@ def test_the_check_on_a_gpu():
 @pytest.mark.parametrize("transport", ["nvlink", "copy_engine", "collective"])
 def test_every_figure_of_a_pair(transport, tmp_path):
     options = replace(WIDE, parts=("pair",), transports=(transport,), picture=tmp_path / "pair.png")
-    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, 1, options, **PROCESSES)
     assert [row.status for row in rows] == ["ok"] * len(rows), [row.reason for row in rows]
     for row in rows:
         assert 0 <= row.hidden_share <= 1
@@ -54,7 +56,7 @@ def test_every_figure_of_a_pair(transport, tmp_path):
 @pytest.mark.parametrize("transport", ["nvlink", "copy_engine"])
 def test_every_figure_of_a_pair_as_a_graph(transport):
     options = replace(WIDE, parts=("pair",), transports=(transport,), graphs=True)
-    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, 1, options, **PROCESSES)
     assert [row.status for row in rows] == ["ok"] * len(rows), [row.reason for row in rows]
     for row in rows:
         assert row.graphs
@@ -66,7 +68,7 @@ def test_every_figure_of_a_pair_as_a_graph(transport):
 
 def test_the_check_of_pairs_as_graphs():
     options = replace(WIDE, transports=("copy_engine",), graphs=True)
-    good, lost, doubled = start(check_graphs, 1, options, virtual=False, device_type="cuda")
+    good, lost, doubled = start(check_graphs, 1, options, **PROCESSES)
     assert good == ""
     assert "gradient" in lost
     assert "gradient" in doubled
@@ -80,7 +82,7 @@ def check_graphs(ranks, options):
 def test_a_pair_told_by_every_means():
     """The check compares serial and overlapped under each; then both are timed."""
     options = replace(WIDE, parts=("pair",), transports=("nvlink",), throttle=False, sm_means=MEANS)
-    rows = start(pipeline_run.run, 1, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, 1, options, **PROCESSES)
     assert [(row.sm_means, row.status, row.reason) for row in rows] == [
         (means, "ok", "") for means in MEANS
     ]

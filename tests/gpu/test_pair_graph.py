@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualpipe_ext.bench.pipeline_pair import deterministic
+from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT, deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.models import LanguageModelStage
@@ -113,6 +113,6 @@ def replays_equal_eager(ranks: Ranks, transport: str) -> int:
 
 @pytest.mark.parametrize("transport", ["nvlink", "copy_engine"])
 def test_replayed_pairs_have_the_bits_of_eager_ones(transport: str) -> None:
-    run = partial(start, virtual=False, device_type="cuda")
+    run = partial(start, virtual=False, device_type="cuda", environment=DETERMINISTIC_ENVIRONMENT)
     for act in (replays_equal_eager, replays_that_leave_equal_eager):
         assert run(act, 1, transport) == 3

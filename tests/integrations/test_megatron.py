@@ -8,7 +8,6 @@ Shapes: T tokens of a rank, H hidden, E experts, K top-k.
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 def start(tp: int, ep: int) -> Any:
     """Megatron's process groups; returns the integration."""
     # Dynamo would compile the dispatcher's preparations, for longer than all the rest takes.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    torch._dynamo.config.disable = True
     from megatron.core import parallel_state
 
     from dualpipe_ext.integrations import megatron
@@ -418,6 +417,18 @@ def test_uninstall_gives_megatron_its_own_back() -> None:
     megatron.uninstall()
     megatron.uninstall()
     assert [getattr(token_dispatcher, name) for name in names] == before
+
+
+def test_a_bound_on_tokens_is_checked() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from dualpipe_ext.integrations import megatron
+
+    before = token_dispatcher._DeepepManager
+    for most in (-5, 0):
+        with pytest.raises(ValueError, match=f"expected max_tokens to be None or .* got {most}"):
+            megatron.install(max_tokens=most)
+    assert token_dispatcher._DeepepManager is before
 
 
 def test_another_megatron_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

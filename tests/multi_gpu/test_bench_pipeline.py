@@ -8,6 +8,7 @@ import pytest
 
 from dualpipe_ext.bench import pipeline_run
 from dualpipe_ext.bench.link import SLOW_LINKS
+from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.bench.ranks import start
 from tests.bench.pipeline_runs import OPTIONS
 from tests.gpu.test_bench_pipeline import WIDE
@@ -17,10 +18,13 @@ from tests.multi_gpu import RANKS
 LONG = replace(WIDE, tokens=8 * WIDE.tokens)
 
 
+PROCESSES = {"virtual": False, "device_type": "cuda", "environment": DETERMINISTIC_ENVIRONMENT}
+
+
 def test_pairs_over_every_transport():
     transports = ("nvlink", "copy_engine", "collective")
     options = replace(LONG, parts=("pair",), transports=transports)
-    rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, RANKS, options, **PROCESSES)
     assert [row.reason for row in rows if row.status != "ok"] == []
     assert {row.transport for row in rows} == set(transports)
     for row in rows:
@@ -44,7 +48,7 @@ def test_pairs_as_graphs(slow_link):
         graphs=True,
         slow_link=slow_link,
     )
-    rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, RANKS, options, **PROCESSES)
     *good, collective = rows
     assert [row.reason for row in good] == [""] * len(good)
     slowed = []
@@ -64,7 +68,7 @@ def test_steps_under_every_schedule():
     options = replace(
         WIDE, parts=("steps",), step_experts=8, step_transport="auto", num_chunks=2 * RANKS
     )
-    rows = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    rows = start(pipeline_run.run, RANKS, options, **PROCESSES)
     assert [row.reason for row in rows if row.status != "ok"] == []
     assert {row.stage_transport for row in rows} <= {"copy_engine", "collective"}
     assert [row.schedule for row in rows] == list(OPTIONS.schedules)
@@ -82,7 +86,7 @@ def test_steps_with_the_stage_transport_that_was_asked_for():
         schedules=("1f1b",),
         stage_transport="collective",
     )
-    (row,) = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    (row,) = start(pipeline_run.run, RANKS, options, **PROCESSES)
     assert (row.status, row.stage_transport) == ("ok", "collective"), row.reason
 
 
@@ -90,6 +94,6 @@ def test_steps_with_expert_parallel_ranks():
     options = replace(
         WIDE, parts=("steps",), ep=2, step_experts=8, step_transport="auto", schedules=("1f1b",)
     )
-    (row,) = start(pipeline_run.run, RANKS, options, virtual=False, device_type="cuda")
+    (row,) = start(pipeline_run.run, RANKS, options, **PROCESSES)
     assert (row.status, row.pp, row.ep) == ("ok", RANKS // 2, 2), row.reason
     assert (row.send_ms == 0) == (row.pp == 1)

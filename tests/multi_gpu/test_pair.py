@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
+from dualpipe_ext.bench.pipeline_pair import (
+    DETERMINISTIC_ENVIRONMENT,
+    PairBench,
+    deterministic,
+)
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.sms import SMPartition
@@ -60,7 +64,13 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
 
 
 def test_pairs_have_the_bits_of_serial_runs_and_of_each_other() -> None:
-    found = start(every_pair, RANKS, virtual=False, device_type="cuda")
+    found = start(
+        every_pair,
+        RANKS,
+        virtual=False,
+        device_type="cuda",
+        environment=DETERMINISTIC_ENVIRONMENT,
+    )
     assert len(found) == len(TRANSPORTS) * 4
     for name, (first, second) in found.items():
         assert first == second, name

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.sms import tuner
 from dualpipe_ext.sms.means import has_same_bits
@@ -52,8 +52,7 @@ def test_fp8_experts_persistent() -> None:
 
 
 def tuned(config: TrainConfig) -> tuple[list[float], tuner.Tuning, list[int], str, int]:
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as ``losses`` does
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # as ``losses`` does
     tuner.NUMBERS = NUMBERS
     trainer = Trainer(config, TEXT, device=torch.device("cuda", torch.cuda.current_device()))
     alone = trainer.buffer.memory_bytes
@@ -71,7 +70,9 @@ def tuned(config: TrainConfig) -> tuple[list[float], tuner.Tuning, list[int], st
 @pytest.mark.parametrize("means", ["none", "persistent"])
 def test_a_run_tunes_itself_and_its_losses_stay(means: str) -> None:
     config = replace(RUN, steps=STEPS, sm_means=means)
-    ranks = run_ranks(tuned, RANKS, config, run_timeout_s=200)
+    ranks = run_ranks(
+        tuned, RANKS, config, run_timeout_s=200, environment=DETERMINISTIC_ENVIRONMENT
+    )
     assert ranks == [ranks[0]] * RANKS
     found, result, used, transport, slabs = ranks[0]
     assert [found] == run({"steps": STEPS, "comm_sms": 24, "sm_means": means})

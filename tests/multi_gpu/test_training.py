@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 
+from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.launch import run_ranks
 from dualpipe_ext.models import ModelConfig
 from dualpipe_ext.training import TrainConfig, Trainer
@@ -35,7 +35,6 @@ def losses(configs: Sequence[TrainConfig]) -> list[list[float]]:
     """Of one run after the other: to start a process takes longer than a run."""
     # Otherwise the backward of attention and of the embedding add up in any order. With warn_only
     # attention would do so all the same.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     found = []
     for config in configs:
@@ -47,7 +46,9 @@ def losses(configs: Sequence[TrainConfig]) -> list[list[float]]:
 
 def on_all_ranks(configs: Sequence[TrainConfig]) -> list[list[float]]:
     """The losses of each run, which are the same on every rank."""
-    found = run_ranks(losses, RANKS, configs, run_timeout_s=300)
+    found = run_ranks(
+        losses, RANKS, configs, run_timeout_s=300, environment=DETERMINISTIC_ENVIRONMENT
+    )
     assert found == [found[0]] * RANKS
     return found[0]
 

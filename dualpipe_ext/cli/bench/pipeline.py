@@ -213,6 +213,7 @@ def command(context: typer.Context, given: Arguments) -> None:
         raise ValueError(f"expected --device cuda for --graphs, got {given.device}")
     from dualpipe_ext.bench import pipeline_run
     from dualpipe_ext.bench.pipeline_cases import ERROR, FAILED, OK
+    from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
     from dualpipe_ext.bench.pipeline_table import print_rows
     from dualpipe_ext.bench.ranks import start
 
@@ -221,7 +222,13 @@ def command(context: typer.Context, given: Arguments) -> None:
     target = _target(given.output)
     record = partial(_record, target, command_line(context))
     rows = start(
-        pipeline_run.run, num_processes, options, record, virtual=False, device_type=given.device
+        pipeline_run.run,
+        num_processes,
+        options,
+        record,
+        virtual=False,
+        device_type=given.device,
+        environment=DETERMINISTIC_ENVIRONMENT,
     )
     if rows is None:  # under torchrun, not the first rank
         return
