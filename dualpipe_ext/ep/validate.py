@@ -99,6 +99,7 @@ def check_topk_weights(
 ) -> None:
     """float32, or float64 for models that are float64 throughout."""
     _expect_tensor("topk_weights", topk_weights, (num_tokens, config.top_k), _NUMBERS)
+    _expect_number_bytes("topk_weights", topk_weights, config)
     _expect_device("topk_weights", topk_weights, device)
 
 
@@ -202,6 +203,7 @@ def check_row_weights(
     """Check numbers that go back with rows already checked."""
     choices = (config.top_k,) if handle.layout == "token" else ()
     _expect_tensor("row_weights", row_weights, (handle.num_rows, *choices), _NUMBERS)
+    _expect_number_bytes("row_weights", row_weights, config)
     _expect_device("row_weights", row_weights, rows.device)
 
 
@@ -243,6 +245,16 @@ def _expect_tensor(
     if tensor.dtype not in dtypes:
         names = " or ".join(sorted(str(d) for d in dtypes))
         raise ValueError(f"expected {name} of dtype {names}, got {tensor.dtype}")
+
+
+def _expect_number_bytes(name: str, numbers: Tensor, config: TransportConfig) -> None:
+    """Peer memory has room for float64 numbers only beside float64 rows. Every transport refuses
+    them: code that runs on a laptop shall run on GPUs."""
+    if numbers.dtype == torch.float64 and config.dtype != torch.float64:
+        raise ValueError(
+            f"expected {name} of 4 bytes a value with a Buffer of {config.dtype}, got "
+            f"{numbers.dtype}"
+        )
 
 
 def _expect_device(name: str, tensor: Tensor, device: torch.device) -> None:

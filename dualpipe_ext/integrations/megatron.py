@@ -205,13 +205,15 @@ def install(
 
     Args:
         max_tokens: most tokens of a rank in one call of a layer; None takes the most of any rank in
-            the first one, which is right where sequences have one length.
+            the first one, which is right where sequences have one length. A rank that has more
+            raises alone, and the others wait for it until ``timeout_s`` is over.
         transport: see :class:`~dualpipe_ext.ep.Buffer`.
         num_sms: see :class:`~dualpipe_ext.ep.Buffer`; 0 for the copy engines.
         timeout_s: longest wait for another rank, in seconds; the default is that of Megatron's
             process groups.
 
     Raises:
+        ValueError: ``max_tokens`` below 1.
         RuntimeError: this Megatron-Core has no manager that could be replaced.
     """
     missing = [name for name in _MANAGERS if not hasattr(token_dispatcher, name)]

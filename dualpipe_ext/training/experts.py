@@ -60,9 +60,10 @@ class ExpertBalancer:
     """Keeps the experts of a run balanced.
 
     Every rank holds the placement of every layer and sees the same loads, so all ranks compute the
-    same plan and nothing has to be broadcast. Experts move while the next steps run, in waves that
-    fit into the spare memory; a wave's layers switch at one step on all ranks of the run. Loads and
-    maps are kept on the CPU, where they are planned with: nothing here waits for the device.
+    same plan; whether it pays is rank 0's word, which is broadcast. Experts move while the next
+    steps run, in waves that fit into the spare memory; a wave's layers switch at one step on all
+    ranks of the run. Loads and maps are kept on the CPU, where they are planned with: the host
+    waits for the device only for that word, in :meth:`plan`, and for a wave that has not arrived.
 
     Args:
         config: the run.

@@ -1,4 +1,7 @@
-"""Buffer on one rank without a process group: choice of transport, and every user mistake."""
+"""Buffer on one rank without a process group: choice of transport, and every user mistake.
+
+One mistake needs a group.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dualpipe_ext.ep import Buffer, Event, ExpertMajor, TokenMajor, quantize, transport_status
+from dualpipe_ext.launch import run_ranks
 
 CONFIG = {"hidden": 8, "num_experts": 4, "top_k": 2, "max_tokens": 4}
 X = torch.arange(24, dtype=torch.float32).view(3, 8)
@@ -152,6 +157,22 @@ def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+def with_a_group_of_two() -> str | None:
+    """What a rank that is not in the group is told."""
+    group = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        assert Buffer(group, **CONFIG).config.num_ranks == 2
+        return None
+    with pytest.raises(ValueError, match="expected a group") as error:
+        Buffer(group, **CONFIG)
+    return str(error.value)
+
+
+def test_a_group_that_this_rank_is_not_in() -> None:
+    told = run_ranks(with_a_group_of_two, 3, backend="gloo", run_timeout_s=60)
+    assert told == [None, None, "expected a group that this rank is in, got one without rank 2"]
+
+
 F8 = quantize(torch.ones(3, 128))
 
 
@@ -274,6 +295,46 @@ def test_bad_combine(buffer: Buffer, layout: str, arguments: dict[str, Any], mes
     with pytest.raises(ValueError) as error:  # noqa: PT011
         buffer.combine(**arguments)
     assert message in str(error.value)
+
+
+def test_numbers_of_8_bytes_need_a_buffer_of_float64(buffer: Buffer) -> None:
+    """Over peers' memory they have no room in others: so nowhere."""
+    recv, handle = buffer.dispatch(X, IDX, WEIGHTS)
+    wide, numbers = WEIGHTS.double(), recv.topk_weights.double()
+    for name, call in (
+        ("topk_weights", lambda: buffer.dispatch(X, IDX, wide)),
+        ("topk_weights", lambda: buffer.dispatch(X, None, wide, handle=handle)),
+        ("topk_weights", lambda: buffer.dispatch_weights(wide, handle)),
+        ("row_weights", lambda: buffer.combine_with_weights(recv.tokens, numbers, handle)),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            call()
+        assert str(error.value) == (
+            f"expected {name} of 4 bytes a value with a Buffer of torch.bfloat16, got torch.float64"
+        )
+
+    # What a combine weights rows with does not travel.
+    recv, handle = buffer.dispatch(X, IDX, WEIGHTS, layout="expert")
+    factors = recv.weights.detach().double().requires_grad_()
+    buffer.combine(recv.tokens, handle, weights=factors)[0].sum().backward()
+    assert factors.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_in_a_buffer_of_float64(dtype: torch.dtype) -> None:
+    """Either kind goes and comes back as it is, and so do its gradients."""
+    buffer = Buffer(**CONFIG, dtype=torch.float64)
+    numbers = WEIGHTS.to(dtype)
+    given = numbers.clone().requires_grad_()
+    recv, handle = buffer.dispatch(X.double(), IDX, given, layout="expert")
+    y, _ = buffer.combine(recv.tokens, handle, weights=recv.weights)
+    y.sum().backward()
+    assert given.grad.dtype == dtype
+    assert given.grad[0].tolist() == [X[0].sum()] * 2
+    rows, weights = recv.tokens.detach(), recv.weights.detach()
+    _, back, _ = buffer.combine_with_weights(rows, weights, handle)
+    assert torch.equal(back, numbers.where(IDX >= 0, 0))
+    assert torch.equal(buffer.dispatch_weights(numbers, handle)[0], weights)
 
 
 def test_only_fp8_rows_can_be_dequantised(buffer: Buffer) -> None:

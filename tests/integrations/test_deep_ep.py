@@ -7,6 +7,7 @@ Shapes: T tokens of a rank, H hidden, E experts, R ranks, K top-k.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext import ep
 from dualpipe_ext.ep import TokenMajor, quantize, reference
 from dualpipe_ext.integrations import deep_ep
 from dualpipe_ext.launch import run_ranks
@@ -156,6 +158,45 @@ def fixed_size_and_fp8() -> None:
     assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
 
 
+def live_buffers() -> list[ep.Buffer]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is ep.Buffer]
+
+
+def calls_without_tokens() -> None:
+    """Where no rank has tokens, as in a warm-up: nothing piles up, and handles stay good."""
+    x, idx, weights = inputs(dist.get_rank())
+    before = len(live_buffers())
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    nothing = x[:0], idx[:0], weights[:0]
+    handles = [routed(buffer, *nothing)[4] for _ in range(4)]
+    assert len(live_buffers()) == before + 1
+    recv, *_, full, _ = routed(buffer, x, idx, weights)
+    handles += [routed(buffer, *nothing)[4] for _ in range(4)]
+    assert len(live_buffers()) == before + 2
+    most = max(TOKENS)
+    few = [buffer.low_latency_dispatch(*nothing[:2], most, EXPERTS)[2] for _ in range(4)]
+    assert len(live_buffers()) == before + 3
+    for handle in handles:
+        y, _, _ = buffer.combine(x[:0], handle)
+        assert y.shape == (0, HIDDEN)
+    for handle in few:
+        rows = buffer.get_next_low_latency_combine_buffer(handle)
+        y, _, _ = buffer.low_latency_combine(rows, *nothing[1:], handle)
+        assert y.shape == (0, HIDDEN)
+    y, _, _ = buffer.combine(recv, full)
+    goes = buffer.get_dispatch_layout(idx, EXPERTS)[3]
+    assert torch.equal(y, (x.float() * goes.sum(1)[:, None]).bfloat16())
+    # check() and reset() are of all of them.
+    assert len(buffer._made()) == 3
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    buffer.check()
+    buffer.destroy()
+    del handle, handles, few, full, recv
+    assert len(live_buffers()) == before
+
+
 def mistakes() -> None:
     rank = dist.get_rank()
     x, idx, weights = inputs(rank)
@@ -163,6 +204,18 @@ def mistakes() -> None:
     buffer, other = deep_ep.Buffer(group), deep_ep.Buffer(group)
     with pytest.raises(ValueError, match="expected topk_idx and num_tokens_per_expert, or a"):
         buffer.dispatch(x)
+    per_expert = buffer.get_dispatch_layout(idx, EXPERTS)[2]
+    for given, ids, counts, message in (
+        (x[0], idx, per_expert, rf"expected x as a tensor \[T, H\], got \[{HIDDEN}\]"),
+        ((x[0], x[0]), idx, per_expert, rf"expected x\[0\] as a tensor .* got \[{HIDDEN}\]"),
+        (x, idx[0], per_expert, rf"expected topk_idx as a tensor \[T, K\], got \[{TOP_K}\]"),
+        (x, idx, per_expert[0], r"expected num_tokens_per_expert as a tensor \[E\], got \[\]"),
+        (x, idx, [1] * EXPERTS, r"expected num_tokens_per_expert as a tensor \[E\], got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            buffer.dispatch(given, topk_idx=ids, num_tokens_per_expert=counts)
+    with pytest.raises(ValueError, match=r"expected topk_idx as a tensor \[T, K\], got \[3\]"):
+        buffer.get_dispatch_layout(idx[0], EXPERTS)
     *_, handle, _ = routed(buffer, x, idx, weights)
     for stranger in (other, deep_ep.Buffer(group)):
         with pytest.raises(ValueError, match="expected a handle that this Buffer's dispatch"):
@@ -200,6 +253,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     layout_counts,
     dispatch_and_combine,
     fixed_size_and_fp8,
+    calls_without_tokens,
     mistakes,
 )
 
@@ -231,6 +285,13 @@ def test_set_num_sms_is_for_buffers_to_come(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(deep_ep.Buffer, "timeout_s", 7.0)
     packs = deep_ep.Buffer(_Group())._buffers.options
     assert packs == {"transport": "copy_engine", "num_sms": None, "timeout_s": 7.0}
+
+
+def test_a_bound_on_tokens_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for most in (-5, 0):
+        monkeypatch.setattr(deep_ep.Buffer, "max_tokens", most)
+        with pytest.raises(ValueError, match=f"expected max_tokens to be None or .* got {most}"):
+            deep_ep.Buffer(_Group())
 
 
 class _Group:

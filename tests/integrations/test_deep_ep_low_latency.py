@@ -193,7 +193,9 @@ def mistakes() -> None:
     x, idx, weights = inputs(rank)
     buffer, other = (deep_ep.Buffer(dist.group.WORLD) for _ in range(2))
 
-    def dispatch(most: Any = MOST, x: Tensor = x, stats: Any = None, **how: Any) -> Any:
+    def dispatch(
+        most: Any = MOST, x: Tensor = x, idx: Any = idx, stats: Any = None, **how: Any
+    ) -> Any:
         return buffer.low_latency_dispatch(x, idx, most, EXPERTS, stats, **how)
 
     for how, message in (
@@ -201,6 +203,8 @@ def mistakes() -> None:
         ({"use_ue8m0": True}, "expected use_ue8m0 to be left out"),
         ({"x": x.float()}, r"expected x as torch.bfloat16 \[T, H\], got torch.float32"),
         ({"x": x[0]}, r"expected x as torch.bfloat16 \[T, H\], got torch.bfloat16 \[256\]"),
+        ({"idx": idx[0]}, r"expected topk_idx as a tensor \[T, K\], got \[3\]"),
+        ({"idx": idx.tolist()}, r"expected topk_idx as a tensor \[T, K\], got list"),
         ({"stats": weights}, "expected cumulative_local_expert_recv_stats as torch.int32 or"),
         ({"stats": idx[:1, :1]}, rf"or torch.int64 \[{LOCAL}\], got torch.int64 \[1, 1\]"),
         ({"dispatch_wait_recv_cost_stats": weights}, "expected dispatch_wait_recv_cost_stats to"),

@@ -45,16 +45,36 @@ def of_two_ranks() -> None:
     assert buffers.get(group, tokens=4, **SHAPE) is not first
 
     # A call without tokens tells nothing of the next one.
-    assert get(buffers, 0, hidden=48).config.max_tokens == 1
-    assert get(buffers, 5, hidden=48).config.max_tokens == 5
+    count = len(buffers.made())
+    empty = get(buffers, 0, hidden=48)
+    assert empty.config.max_tokens == 1
+    assert get(buffers, 0, hidden=48) is empty
+    full = get(buffers, 5 * dist.get_rank(), hidden=48)
+    assert full.config.max_tokens == 5
+    assert get(buffers, 0, hidden=48) is full
+    assert {empty, full} < set(buffers.made())
+    assert len(buffers.made()) == count + 2
     assert {buffer.config.num_slabs for buffer in (first, *others)} == {0}
 
     roomy = SharedBuffers("", max_tokens=100, options={"transport": "collective"})
-    assert get(roomy, 2).config.max_tokens == 100
+    assert get(roomy, 0).config.max_tokens == 100
+    assert get(roomy, 2) is get(roomy, 0)
+    roomy.clear()
+    buffers.clear()
+    assert roomy.made() == buffers.made() == []
 
 
 def test_ranks_make_buffers_together() -> None:
     run_ranks(of_two_ranks, 2, backend="gloo", run_timeout_s=60)
+
+
+@pytest.mark.parametrize("most", [-5, 0, True, 8.0])
+def test_a_bound_is_an_integer_of_at_least_1(most: Any) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        SharedBuffers("", max_tokens=most)
+    assert str(error.value) == (
+        f"expected max_tokens to be None or an integer of at least 1, got {most!r}"
+    )
 
 
 def one_rank_logs() -> list[str]:

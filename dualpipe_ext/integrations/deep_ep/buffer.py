@@ -15,7 +15,12 @@ from dualpipe_ext import ep
 from dualpipe_ext.ep import Handle
 from dualpipe_ext.ep.collective import destinations
 from dualpipe_ext.integrations.deep_ep.low_latency import LowLatencyCalls
-from dualpipe_ext.integrations.deep_ep.utils import EventHandle, EventOverlap, overlap_of
+from dualpipe_ext.integrations.deep_ep.utils import (
+    EventHandle,
+    EventOverlap,
+    check_dims,
+    overlap_of,
+)
 from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -49,13 +54,17 @@ class Buffer(LowLatencyCalls):
         low_latency_mode: kept likewise: low-latency calls can be made either way.
         ignored_too: further settings of DeepEP's, without meaning here.
         ignored: likewise.
+
+    Raises:
+        ValueError: :attr:`max_tokens` below 1.
     """
 
     num_sms: ClassVar[int] = 24
     """SMs of buffers made from now on."""
     max_tokens: ClassVar[int | None] = None
     """Most tokens of a rank in a call, for buffers made from now on; None: the most of any rank in
-    the first dispatch of its kind. DeepEP has no such bound."""
+    the first dispatch of its kind that has some. DeepEP has no such bound. A rank that has more
+    raises alone, and the others wait for it until :attr:`timeout_s` is over."""
     transport: ClassVar[str] = "auto"
     """See :class:`dualpipe_ext.Buffer`; of buffers made from now on."""
     timeout_s: ClassVar[float] = 100.0
@@ -135,7 +144,11 @@ class Buffer(LowLatencyCalls):
         Returns:
             Tokens for each rank, int32 [R]; None; choices of each expert, int32 [E]; whether a
             token goes to a rank, bool [T, R]; an event.
+
+        Raises:
+            ValueError: ``topk_idx`` of another shape.
         """
+        check_dims("topk_idx", topk_idx, ("T", "K"))
         _wait(previous_event)
         # Ids out of range are told by dispatch, on every rank.
         valid = (topk_idx >= 0) & (topk_idx < num_experts)
@@ -202,6 +215,9 @@ class Buffer(LowLatencyCalls):
                 return _rows(recv), None, None, [], handle, event
             if topk_idx is None or num_tokens_per_expert is None:
                 raise ValueError("expected topk_idx and num_tokens_per_expert, or a handle")
+            check_dims("x[0]" if isinstance(x, tuple) else "x", values, ("T", "H"))
+            check_dims("topk_idx", topk_idx, ("T", "K"))
+            check_dims("num_tokens_per_expert", num_tokens_per_expert, ("E",))
             buffer = self._buffers.get(
                 self.group,
                 tokens=values.shape[0],

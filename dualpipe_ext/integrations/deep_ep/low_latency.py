@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dualpipe_ext import ep
 from dualpipe_ext.ep import Handle
-from dualpipe_ext.integrations.deep_ep.utils import EventOverlap, overlap_of
+from dualpipe_ext.integrations.deep_ep.utils import EventOverlap, check_dims, overlap_of
 from dualpipe_ext.integrations.shared_buffers import SharedBuffers
 
 Hook = Callable[[], None]
@@ -116,6 +116,7 @@ class LowLatencyCalls:
         _refuse(dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, use_ue8m0=use_ue8m0)
         _check_one(async_finish, return_recv_hook)
         _check_rows(x, ("T", "H"))
+        check_dims("topk_idx", topk_idx, ("T", "K"))
         num_local = num_experts // self.group.size()
         _check_stats(cumulative_local_expert_recv_stats, num_local)
         most = num_max_dispatch_tokens_per_rank

@@ -62,6 +62,14 @@ class EventOverlap:
         self.current_stream_wait()
 
 
+def check_dims(name: str, tensor: object, dims: tuple[str, ...]) -> None:
+    """Refuse what does not have these dimensions, before anybody reads their sizes."""
+    if isinstance(tensor, Tensor) and tensor.dim() == len(dims):
+        return
+    got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+    raise ValueError(f"expected {name} as a tensor [{', '.join(dims)}], got {got}")
+
+
 def overlap_of(event: Waits, async_finish: bool) -> EventOverlap:
     """What a call returns: with an event only if it was asked for, as DeepEP's do."""
     return EventOverlap(event if async_finish else None)
