@@ -15,6 +15,8 @@ from types import ModuleType
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 
 _TIMEOUT, _MISMATCH = 1, 2  # ErrorCode of csrc/comm/error_record.h
+# RowType of csrc/ep/combine.h
+_ROW_TYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @functools.cache
@@ -84,8 +86,10 @@ def raise_on_failure(record: Mapping[str, int | str] | None, *, timeout_s: float
 
 
 def _message(bits: int) -> str:
-    """What ``hello`` in csrc/ep/messages.cuh tells of."""
-    call = "a combine" if bits >> 19 & 1 else "a dispatch"
+    """What ``hello`` in csrc/ep/hello.cuh tells of."""
+    call = "a dispatch"
+    if bits >> 19 & 1:
+        call = f"a combine in {_ROW_TYPES[bits >> 20 & 3]}"
     numbers = ", scales" if bits >> 16 & 1 else ""
     if weight_words := bits >> 17 & 3:
         numbers += f", numbers of {4 * weight_words} bytes"

@@ -40,13 +40,13 @@ def test_a_time_out_names_who_waited_for_whom():
 
 
 def test_messages_that_do_not_fit_are_told_apart():
-    own, theirs = 64 | 2 << 17 | 1 << 19, 32 | 1 << 16 | 1 << 17
+    own, theirs = 64 | 2 << 17 | 1 << 19 | 2 << 20, 32 | 1 << 16 | 1 << 17
     with pytest.raises(ValueError, match=r"reset\(\)") as caught:
         core.raise_on_failure(RECORD | {"code": 2, "expected": own, "seen": theirs}, timeout_s=0.5)
     assert str(caught.value).startswith(
         "expected the same call, dtype, fp8 and weights on all ranks, got a dispatch with rows of "
-        "512 bytes, scales, numbers of 4 bytes at rank 5, a combine with rows of 1024 bytes, "
-        "numbers of 8 bytes at rank 3 (call 7)"
+        "512 bytes, scales, numbers of 4 bytes at rank 5, a combine in float32 with rows of 1024 "
+        "bytes, numbers of 8 bytes at rank 3 (call 7)"
     )
 
 

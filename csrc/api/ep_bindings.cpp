@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "api/error_channel.h"
 #include "api/handle_arrays.h"
 #include "api/route_reports.h"
+#include "comm/epoch.h"
 #include "ep/combine.h"
 #include "ep/copy_engine.h"
 #include "ep/dispatch.h"
@@ -300,11 +302,12 @@ const char* fault_name(uint32_t fault) {
   }
 }
 
-// The fault that a report tells, or None; it is cleared.
-py::object take_fault(const RouteReports& reports, uint32_t index) {
+// The fault that a report tells, or None; it is cleared. With `up_to` only one of the route with
+// that epoch or of an earlier one, modulo 2^32; another stays.
+py::object take_fault(const RouteReports& reports, uint32_t index, std::optional<uint32_t> up_to) {
   RouteReport& report = reports.at(index);
   const uint32_t fault = __atomic_load_n(&report.fault, __ATOMIC_ACQUIRE);
-  if (fault == 0) return py::none();
+  if (fault == 0 || (up_to && !epoch_reached(*up_to, report.fault_epoch))) return py::none();
   py::dict fields;
   fields["fault"] = fault_name(fault);
   fields["rank"] = report.fault_rank;
@@ -324,7 +327,7 @@ void bind_reports(py::module_& m) {
       .def("wait", &RouteReports::wait, py::arg("index"), py::arg("channel"), py::arg("record"),
            py::arg("timeout_ns"), py::call_guard<py::gil_scoped_release>())
       .def("any_fault", &RouteReports::any_fault)
-      .def("take_fault", &take_fault, py::arg("index"))
+      .def("take_fault", &take_fault, py::arg("index"), py::arg("up_to") = py::none())
       .def(
           "num_rows", [](const RouteReports& r, uint32_t index) { return r.at(index).num_rows; },
           py::arg("index"))

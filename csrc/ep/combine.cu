@@ -110,6 +110,8 @@ __global__ void __launch_bounds__(kCombineThreads<kExpert>, 1)
   if (sends) {
     send_role<Row, kExpert, kWeighted, kStaging>(c, shared, memory, sources, warp, cta,
                                                  t.mixed != 0 ? ctas : t.send_ctas, staged);
+    // As in dispatch.cu. Before the sums: of a rank that makes another call no rows may come.
+    if (kHalf == Half::kBoth && cta == 0 && warp == 0) c.await_all(Phase::kCombinePermit);
   }
   // Sums start behind the send warps of a CTA that does both, else at the first warp of a local
   // one.

@@ -17,6 +17,8 @@
 // Protocol, with flags that hold the epoch of the call:
 //   permit  receiver to sender: "slab s is yours". Sent when this kernel starts, so after whatever
 //           read that slab before on this stream. A sender writes to a peer only with its permit.
+//           It also says what call this is (hello.cuh). One warp waits for those of all peers, when
+//           its rows are on their way: a rank that makes another call is found, by every rank.
 //   run     sender to receiver: "run j has arrived".
 //
 // Ordering of a run. Bulk stores; wait_group by the lane that issued them: they are written;
@@ -206,10 +208,14 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
       }
     }
   }
-  // The copies that follow on the stream write into the peers' slabs.
-  if (kHalf == Half::kPack && begins && cta == 0 && warp == 0) {
-    if (staged.together) d.send_permits(call.slab);
-    d.open_copies(Phase::kDispatchPermit);
+  if (cta == 0 && warp == 0) {
+    // Its rows are on their way, so this takes no time of theirs.
+    if (kHalf == Half::kBoth) d.await_all(Phase::kDispatchPermit);
+    // The copies that follow on the stream write into the peers' slabs.
+    if (kHalf == Half::kPack && begins) {
+      if (staged.together) d.send_permits(call.slab);
+      d.open_copies(Phase::kDispatchPermit);
+    }
   }
   finish_epoch(watchdog.state, ends ? &watchdog.state->transfer_epoch : nullptr, args.launch.ctas);
 }

@@ -16,6 +16,8 @@
 namespace dualpipe {
 
 inline constexpr uint32_t kInboxes = 2;
+// What a permit offers: its epoch alone says which inbox.
+inline constexpr uint32_t kNoSlab = 0;
 
 // Enqueue one kernel each; do not wait.
 cudaError_t launch_low_latency_dispatch(const DispatchArgs& args, cudaStream_t stream);

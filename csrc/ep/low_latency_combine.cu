@@ -269,8 +269,7 @@ __device__ void run(const Combine& c, const RowsBySource& rows, uint32_t warp, u
                     bool greets) {
   const PieceWork<Row, kExpert, kWeighted> work(c, rows);
   const uint32_t own = rows.first(c.me()), own_rows = rows.end(c.me()) - own;
-  const uint32_t greeting = hello(c.epoch, true, c.args.row_bytes, false, c.args.weight_bytes);
-  if (greets) c.send_permits(greeting);
+  if (greets) c.send_permits(kNoSlab);
   delay(c.call.send_delay_ns);
   const uint32_t sends = (rows.total() - own_rows) * work.count();
   uint32_t item = warp;
@@ -279,7 +278,7 @@ __device__ void run(const Combine& c, const RowsBySource& rows, uint32_t warp, u
     if (row >= own) row += own_rows;
     work.send(row, item % work.count(), rows.source(row));
   }
-  if (greets) await_hellos(c, Phase::kCombineHello, greeting);
+  if (greets) c.await_all(Phase::kCombineHello);
   delay(c.call.receive_delay_ns);
   for (item -= sends; item < c.call.num_tokens * work.count(); item += warps) {
     if (!work.sum(item / work.count(), item % work.count())) return;

@@ -345,9 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t ctas = args.launch.ctas, warps = kThreads / 32 * ctas;
   const uint32_t warp = threadIdx.x / 32 * ctas + place.cta;
   const bool greets = warp == warps - 1;
-  const uint32_t greeting =
-      hello(d.epoch, false, args.out_bytes, args.num_scales != 0, args.weight_bytes);
-  if (greets) d.send_permits(greeting);
+  if (greets) d.send_permits(kNoSlab);
 
   const bool weighs = args.weight_bytes != 0;  // its tensor has no address where it is empty
   const Pieces sent{args.in_bytes / 16, kSendUnits, weighs || call.x_scales != nullptr ? 1u : 0u};
@@ -356,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   delay(call.send_delay_ns);
   uint32_t item = warp;
   for (; item < sends; item += warps) send<kPayload>(d, sent, item);
-  if (greets) await_hellos(d, Phase::kDispatchHello, greeting);
+  if (greets) d.await_all(Phase::kDispatchHello);
   ZeroRows(d, warp, warps).run();
   delay(call.receive_delay_ns);
   take_all(d, rows, taken, item - sends, warps);

@@ -11,7 +11,6 @@
 #include <cstdint>
 
 #include "comm/wait.cuh"
-#include "ep/transfer.cuh"
 #include "ptx/memory.cuh"
 
 namespace dualpipe {
@@ -111,31 +110,6 @@ __device__ __forceinline__ bool take_word(Word* at, Word* word, const Watchdog& 
   if (__all_sync(~0u, come) == 0) return false;
   if (at != nullptr) ptx::st_relaxed_sys(at, kEmpty<Word>);
   return true;
-}
-
-// What a hello says, in the second word of a permit: which call it is for, and what a message of
-// that call is. A peer can already be in the next call, where it is another.
-//
-//   bits 0 to 15   units of 16 bytes of a row; 16: with scales; 17, 18: words of a choice's number
-//   bit 19         of a combine, not of a dispatch
-//   bits 24 to 31  of the epoch
-__device__ __forceinline__ uint32_t hello(uint32_t epoch, bool combines, uint32_t row_bytes,
-                                          bool scales, uint32_t weight_bytes) {
-  return (epoch & 0xff) << 24 | uint32_t{combines} << 19 | weight_bytes / 4 << 17 |
-         uint32_t{scales} << 16 | (row_bytes / 16 & 0xffff);
-}
-
-// Waits until every peer is in this call, and sees that it sends what this rank takes: or one would
-// wait for what the other never sends. One warp.
-template <class Args, class Call>
-__device__ void await_hellos(const Transfer<Args, Call>& call, Phase phase, uint32_t own) {
-  call.wait_for_permits(
-      phase, [](uint32_t) { return true; },
-      [&](uint32_t from, uint32_t theirs) {
-        if (theirs >> 24 != own >> 24 || theirs == own) return;
-        const WaitSite site{phase, call.me(), from, 0, call.epoch};
-        call.watchdog.report(site, own & 0xffffff, theirs & 0xffffff, ErrorCode::kMismatch);
-      });
 }
 
 }  // namespace dualpipe

@@ -116,11 +116,12 @@ __device__ void clear_unused_ids(const Router& r, uint32_t cta, int32_t* warp_su
 
 // What is wrong with the call; the first finding counts, and every rank comes to the same one. Of
 // settings that differ a rank is told of the first other than its own.
-__device__ void find_fault(const Router& r, const unsigned long long* arriving,
+__device__ void find_fault(const Router& r, uint32_t epoch, const unsigned long long* arriving,
                            RouteReport* report) {
   const auto tell = [&](RouteFault fault, uint32_t rank, int64_t count) {
     if (report->fault != 0) return;  // the host has not yet seen an earlier one
     report->fault_rank = rank;
+    report->fault_epoch = epoch;
     report->fault_layout = r.setting(rank, RouteCounts::kLayout);
     report->fault_alignment = r.setting(rank, RouteCounts::kAlignment);
     report->fault_zero_copy = r.setting(rank, RouteCounts::kZeroCopy);
@@ -157,7 +158,8 @@ __device__ void find_fault(const Router& r, const unsigned long long* arriving,
 
 // 3c. Totals for the other kernels, and what is wrong with the call; for a host that waits, all
 // that it needs. `arriving` is [R], `totals` [E]; both shared.
-__device__ void summary_job(const Router& r, unsigned long long* arriving, uint32_t* totals) {
+__device__ void summary_job(const Router& r, uint32_t epoch, unsigned long long* arriving,
+                            uint32_t* totals) {
   const uint32_t num_ranks = r.num_ranks(), num_local = r.num_local;
   const bool host_waits = r.call.max_rows < 0;
   RouteReport* report = r.call.report;
@@ -204,7 +206,7 @@ __device__ void summary_job(const Router& r, unsigned long long* arriving, uint3
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  find_fault(r, arriving, report);
+  find_fault(r, epoch, arriving, report);
   if (!host_waits) return;
   report->num_rows = static_cast<int64_t>(arriving[r.me]);
   ptx::st_release_sys(&report->ready, 1);
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The summary first: the host may be waiting for it.
   for (uint32_t job = place.cta; job < 1 + r.parts() + receives; job += ctas) {
     if (job == 0) {
-      summary_job(r, arriving, reinterpret_cast<uint32_t*>(shared));
+      summary_job(r, epoch, arriving, reinterpret_cast<uint32_t*>(shared));
     } else if (job <= r.parts()) {
       send_job(r, job - 1, shared, shared + num_ranks, shared + 2 * num_ranks);
     } else {

@@ -22,10 +22,11 @@ struct RouteReport {
   uint32_t ready;  // 1 once a route has written it
   uint32_t fault;  // RouteFault; the first one stays until the host has cleared it
   uint32_t fault_rank;
+  uint32_t fault_epoch;                   // of the route
   int32_t fault_layout;                   // kMismatch: the settings of that rank
   int32_t fault_alignment;                //
   int32_t fault_zero_copy;                //
-  int32_t fault_limit;                    // kOverflow: the room of that rank, or of its groups
+  int32_t fault_limit;                    // the room of that rank, or of its groups; -1: any
   int64_t fault_count;                    // kBadIds: how many; kOverflow: rows that would arrive
   int64_t num_rows;                       // rows that arrive at this rank, in the layout asked for
   int32_t matrix[kMaxRanks * kMaxRanks];  // [R, R] tokens that rank s sends to rank d

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "comm/launch.cuh"
+#include "ep/hello.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/memory.cuh"
 
@@ -86,12 +87,13 @@ struct Transfer {
     }
   }
 
-  // Gives every peer leave to write into a slab of this rank. One warp.
+  // Gives every peer leave to write into a slab of this rank, and says what call this is. One warp.
   __device__ void send_permits(uint32_t slab) const {
     for (uint32_t to = threadIdx.x % 32; to < num_ranks(); to += 32) {
       if (to == me()) continue;
       PermitLine* line = layout().control.permits.in(launch().peers.base[to]) + me();
       ptx::st_relaxed_sys(&line->slab, slab);
+      ptx::st_relaxed_sys(&line->call, hello(args, epoch));
       ptx::st_release_sys(&line->epoch, epoch);
     }
   }
@@ -100,11 +102,20 @@ struct Transfer {
   // are sent; then sets what the copies' flags take along. Without all permits they must not vouch
   // for the copies. One warp.
   __device__ void open_copies(Phase phase) const {
-    const bool open =
-        wait_for_permits(phase, [](uint32_t) { return true; }, [](uint32_t, uint32_t) {});
-    if (open && threadIdx.x % 32 < kSegmentUnits) {
+    if (await_all(phase) && threadIdx.x % 32 < kSegmentUnits) {
       watchdog.state->copy_epochs[threadIdx.x % 32] = epoch;
     }
+  }
+
+  // Waits until every peer is in this call, also those that it has nothing to do with, and sees
+  // that it makes the same call: so all ranks learn of it if one does not. One warp; false if the
+  // rank has failed.
+  __device__ bool await_all(Phase phase) const {
+    bool same = true;
+    const bool open = wait_for_permits(
+        phase, [](uint32_t) { return true; },
+        [&](uint32_t from, uint32_t) { same = same && makes_same_call(phase, from); });
+    return __all_sync(~0u, open && same) != 0;
   }
 
   // Waits for the leave of every peer that `writes_to` names, then calls `opened` with the peer and
@@ -121,6 +132,17 @@ struct Transfer {
     }
     ptx::fence_proxy_async_global();  // bulk stores come after the permits
     return __all_sync(~0u, open) != 0;
+  }
+
+  // Whether a peer whose permit has come makes the call that this rank makes. If not, one of the
+  // two would wait for what the other never sends, or take something else for it. A peer can
+  // already be in the next call: it has seen the word of this rank by then.
+  __device__ bool makes_same_call(Phase phase, uint32_t peer) const {
+    const PermitLine* permit = layout().control.permits.in(launch().peers.base[me()]) + peer;
+    const uint32_t own = hello(args, epoch), theirs = ptx::ld_relaxed_sys(&permit->call);
+    if (theirs == own || !is_of_same_epoch(theirs, own)) return true;
+    watchdog.report({phase, me(), peer, 0, epoch}, said(own), said(theirs), ErrorCode::kMismatch);
+    return false;
   }
 };
 

@@ -29,6 +29,7 @@ struct alignas(kRegionAlignment) FlagLine {
 struct alignas(kRegionAlignment) PermitLine {
   uint32_t epoch;  // of the transfer that may write
   uint32_t slab;   // where to
+  uint32_t call;   // what the peer does in it, see hello()
 };
 
 // Written by this rank only.

@@ -43,7 +43,8 @@ class Buffer:
         hidden: H. A row must be a multiple of 16 bytes.
         num_experts: E, over all ranks; a multiple of R.
         top_k: K, at most 32.
-        max_tokens: largest T of any call.
+        max_tokens: largest T of any call. A rank that has more raises alone, and the others wait
+            for it until ``timeout_s`` is over.
         dtype: widest dtype of rows; communication memory is sized for it (:attr:`memory_bytes`).
         transport: "auto" (the environment variable ``DUALPIPE_TRANSPORT`` if set, else the best
             available), a name, or several, of which the first that is available counts.
@@ -55,7 +56,8 @@ class Buffer:
             (:class:`~dualpipe_ext.ep.local_ranks.LocalRanks`) instead of ``group``.
 
     Raises:
-        ValueError: an argument no transport can work with, or a transport not available here.
+        ValueError: an argument no transport can work with, a group that this rank is not in, or a
+            transport not available here.
 
     Example, one rank with two experts (R=1, T=2, H=4, K=2):
 
@@ -157,7 +159,12 @@ class Buffer:
             self._transport.use_sms(num_sms)
 
     def forget_unused(self) -> None:
-        """Give up the memory of transports that are not in use; live handles keep theirs."""
+        """Give up the memory of transports that are not in use; live handles keep theirs.
+
+        A CUDA graph holds addresses of that memory, and of the handle of a cached dispatch, and
+        keeps neither alive: as long as it is replayed, keep the Buffer and the handles of the calls
+        in it, across this and :meth:`use_sms` too.
+        """
         self._others.clear()
 
     @property
@@ -177,15 +184,17 @@ class Buffer:
     def check(self) -> None:
         """Raise what kernels have reported since the last call; does not wait for them.
 
-        Every dispatch without a handle does this first; other calls only look for time-outs. After
-        ``torch.cuda.synchronize()`` it tells whether all calls so far went well.
+        After ``torch.cuda.synchronize()`` it tells whether all calls so far went well. Every other
+        call looks for time-outs; mistakes in the data of calls for which the host did not wait are
+        told by a dispatch too, later, and the same one on every rank: one for which it waits, or
+        one of fixed size 33 to 64 after the mistake.
 
         Raises:
             CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.
             ValueError: a dispatch with ``max_recv_tokens`` or ``rows_per_expert`` had ids out of
                 range (those choices were dropped) or more rows than that (the rest was dropped), or
-                ranks asked for different layouts. With "low_latency"
-                also: a rank made another call, or sent other rows; see :meth:`reset` too.
+                ranks asked for different layouts. Also: a rank made another call, or sent other
+                rows; see :meth:`reset` too.
         """
         for transport in self._transports:
             transport.check()
@@ -222,7 +231,8 @@ class Buffer:
             x: [T, H] bfloat16, float16, float32 or float64, any strides; with ``fp8`` also
                 ``(values, scales)`` as :func:`~dualpipe_ext.ep.fp8.quantize` makes them.
             topk_idx: int64 [T, K], expert ids, -1 for a choice that is dropped.
-            topk_weights: float32 (or float64) [T, K]; on all ranks or on none.
+            topk_weights: float32 [T, K], or float64 with a Buffer of ``dtype`` float64; on all
+                ranks or on none.
             layout: "token" (default): one row per token that has an expert here,
                 :class:`TokenMajor`; "expert": one row per (token, expert), :class:`ExpertMajor`.
             fp8: rows travel and arrive as float8_e4m3fn with 1x128 scales. The gradient passes the
@@ -252,7 +262,8 @@ class Buffer:
         Raises:
             ValueError: wrong arguments. Ids out of range and more rows than ``max_recv_tokens`` or
                 ``rows_per_expert`` raise on every rank, naming the one concerned; where the host
-                waits for nothing, from :meth:`check`, and rows without room are left out.
+                waits for nothing, from :meth:`check` or a later dispatch, and rows without room are
+                left out.
             CommTimeoutError: a rank did not take part.
         """
         x, scales = _split_quantized(x)
@@ -339,9 +350,9 @@ class Buffer:
 
         Args:
             rows: as :meth:`combine` takes them.
-            row_weights: float32 (or float64), [N, K] in token layout, [M] in expert layout, like
-                the weights that a dispatch gives; entries of choices that are not here, and of
-                padding, are ignored.
+            row_weights: float32, or float64 with a Buffer of ``dtype`` float64; [N, K] in token
+                layout, [M] in expert layout, like the weights that a dispatch gives. Entries of
+                choices that are not here, and of padding, are ignored.
             handle: what the dispatch returned.
             async_op: as in :meth:`combine`.
 
@@ -377,7 +388,7 @@ class Buffer:
         Not differentiable.
 
         Args:
-            topk_weights: float32 (or float64) [T, K].
+            topk_weights: float32 [T, K], or float64 with a Buffer of ``dtype`` float64.
             handle: what the dispatch returned.
             async_op: as in :meth:`dispatch`.
 
@@ -475,4 +486,9 @@ def _place(
         group = dist.group.WORLD
     if group is None:
         return 0, 1, None
-    return dist.get_rank(group), dist.get_world_size(group), group
+    rank = dist.get_rank(group)
+    if rank < 0:  # new_group gives something even to those whom it leaves out
+        raise ValueError(
+            f"expected a group that this rank is in, got one without rank {dist.get_rank()}"
+        )
+    return rank, dist.get_world_size(group), group

@@ -18,6 +18,7 @@ from dualpipe_ext import core
 from dualpipe_ext.ep import kernel_calls, memory
 from dualpipe_ext.ep.device_arrays import address, current_device, current_stream, rows_on_16_bytes
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized
+from dualpipe_ext.ep.lookback import Lookback
 from dualpipe_ext.ep.peer_handle import PeerHandle
 from dualpipe_ext.ep.slabs import FreeSlabs, SlabPool, SlabRows
 from dualpipe_ext.ep.transport import (
@@ -25,6 +26,7 @@ from dualpipe_ext.ep.transport import (
     RouteOptions,
     Transport,
     TransportConfig,
+    describe_output,
     describe_setting,
     settings_differ,
     too_many_rows,
@@ -37,6 +39,9 @@ ROW_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.floa
 
 # Slab 0 takes what is copied or summed within the call.
 _TRANSIT_SLABS = 1
+
+# How much later than a kernel that gives up the host does: the GPU may have been busy before.
+_HOST_MARGIN_S = 10
 
 # Which of a rank's two reports a route writes: the host waits for the second.
 _UNWATCHED, _WATCHED = 0, 1
@@ -71,7 +76,6 @@ class PeerTransport(Transport):
             self._table, self._layout, self._channel, timeout_ns=int(config.timeout_s * 1e9)
         )
         self._reports = c.RouteReports(2)
-        self._number_bytes = 8 if config.dtype == torch.float64 else 4
         self._regions = self._layout.regions()
         kept = range(self.transit_slabs, self.transit_slabs + self._kept_slabs)
         free = FreeSlabs(kept, lambda: c.capture_id(current_stream()))
@@ -79,6 +83,9 @@ class PeerTransport(Transport):
         self._device = self._memory.own.device
         self.num_sms = self.within_gpu(config.num_sms or self.default_num_sms)
         self._last_stream: torch.cuda.Stream | None = None
+        self._lookback = Lookback()
+        # What the host waited for in vain; the device may not know of it.
+        self._gave_up: str | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""
 
@@ -135,19 +142,24 @@ class PeerTransport(Transport):
         self.check_failure()
         if self._reports.any_fault():
             for report in (_UNWATCHED, _WATCHED):
-                self._raise_fault(report, None, None)
+                self._raise_fault(self._reports.take_fault(report))
 
     def check_failure(self) -> None:
-        """Raise if a wait has failed. Faults of routes are left for the next route to raise: at the
-        same call on every rank."""
+        """Raise if a wait has failed. What is wrong with a route is left for :meth:`check`, or for
+        another route, the same one on every rank."""
+        if self._gave_up is not None:
+            raise CommTimeoutError(self._gave_up)
         record = self._channel.read(self._record)
         if record is not None:
             core.raise_on_failure(record, timeout_s=self.config.timeout_s)
 
     def _raise_fault(
-        self, report: int, options: RouteOptions | None, topk_idx: Tensor | None
+        self,
+        fault: dict[str, Any] | None,
+        options: RouteOptions | None = None,
+        topk_idx: Tensor | None = None,
     ) -> None:
-        fault = self._reports.take_fault(report)
+        """Raise what a report tells; ``options`` and ``topk_idx`` of the route, if it is known."""
         if fault is None:
             return
         rank = fault["rank"]
@@ -161,10 +173,13 @@ class PeerTransport(Transport):
             raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
         if fault["fault"] == "overflow":
             raise too_many_rows(fault["layout"], fault["limit"], rank, fault["count"])
-        mine = "another" if options is None else describe_setting(*options.setting)
         theirs = describe_setting(fault["layout"], fault["alignment"])
-        if fault["zero_copy"]:
-            theirs += " with zero_copy"
+        mine = "another"
+        if options is not None:
+            mine = describe_setting(*options.setting)
+            if mine == theirs:  # what differs is another thing
+                mine += describe_output(options.zero_copy, options.limit is not None)
+                theirs += describe_output(fault["zero_copy"], fault["limit"] >= 0)
         raise settings_differ(self.config.rank, mine, rank, theirs)
 
     def reset(self) -> None:
@@ -178,6 +193,7 @@ class PeerTransport(Transport):
             self._channel.clear()
         for report in (_UNWATCHED, _WATCHED):
             self._reports.take_fault(report)
+        self._lookback, self._gave_up = Lookback(), None
         memory.meet(self.config)
 
     def _clear_memory(self) -> None:
@@ -257,14 +273,6 @@ class PeerTransport(Transport):
                 f"Buffer's dtype {self.config.dtype} has, got {dtype}"
             )
 
-    def check_number_bytes(self, name: str, numbers: Tensor | None) -> None:
-        """Numbers of single choices travel in their own dtype; float64 only beside float64 rows."""
-        if numbers is not None and numbers.element_size() > self._number_bytes:
-            raise ValueError(
-                f"expected {name} of {self._number_bytes} bytes a value with a Buffer of "
-                f"{self.config.dtype}, got {numbers.dtype}"
-            )
-
     def dispatch_input(
         self, x: Tensor | Quantized, weights: Tensor | None, fp8: bool, pow2_scales: bool
     ) -> kernel_calls.DispatchInput:
@@ -273,7 +281,6 @@ class PeerTransport(Transport):
         self.check_device("x", x.values if isinstance(x, Quantized) else x)
         source = kernel_calls.dispatch_input(x, weights, fp8, pow2_scales)
         self.check_row_bytes(source.out_dtype)
-        self.check_number_bytes("topk_weights", weights)
         return source
 
     def combine_input(
@@ -287,23 +294,32 @@ class PeerTransport(Transport):
         self.check_failure()
         self.check_device("rows", rows)
         self.check_row_bytes(rows.dtype)
-        self.check_number_bytes("row_weights", row_weights)
         return kernel_calls.combine_input(rows, weights, bias, row_weights)
 
     # --- routing -----------------------------------------------------------------------------
 
     def route(self, topk_idx: Tensor, options: RouteOptions) -> PeerHandle:
-        self.check()
+        self.check_failure()
         self.check_device("topk_idx", topk_idx)
         if options.layout == "expert":
             self._check_alignment(options)
         topk_idx = rows_on_16_bytes(topk_idx)
         num_rows, sent, host_counts = options.max_recv_tokens, None, None
         found = self._handle_arrays(topk_idx, options)
+        # A graph's routes are told of by `check` alone.
+        counts = num_rows is None or not torch.cuda.is_current_stream_capturing()
+        told = self._lookback.before_route() if counts else None
+        if told is not None:
+            self._raise_fault(self._reports.take_fault(_UNWATCHED, told))
         self._launch_route(topk_idx, options, found)
+        if counts:
+            self._lookback.after_route()
         if num_rows is None:
             self._wait_for_report()
-            self._raise_fault(_WATCHED, options, topk_idx)
+            # All routes before this one have ended too, on every rank.
+            earlier, own = (self._reports.take_fault(report) for report in (_UNWATCHED, _WATCHED))
+            self._raise_fault(earlier)
+            self._raise_fault(own, options, topk_idx)
             num_rows = self._reports.num_rows(_WATCHED)
             sent = self._reports.matrix(_WATCHED, self.config.num_ranks)
             host_counts = self._reports.counts(_WATCHED, self.config.num_local_experts)
@@ -395,15 +411,16 @@ class PeerTransport(Transport):
         self.core.route(self.comm, calls, self.num_sms, current_stream())
 
     def _wait_for_report(self) -> None:
-        # The kernel gives up by itself; the margin is for a GPU that was busy before.
-        limit_s = 2 * self.config.timeout_s + 10
+        limit_s = 2 * self.config.timeout_s + _HOST_MARGIN_S
         if self._reports.wait(_WATCHED, self._channel, self._record, int(limit_s * 1e9)):
             return
         core.raise_on_failure(self._channel.read(self._record), timeout_s=self.config.timeout_s)
-        raise CommTimeoutError(
+        # The answer may still come, and would be taken for that of a later route.
+        self._gave_up = (
             f"rank {self.config.rank}, dispatch (counts): expected the device to answer within "
             f"{limit_s:g} s"
         )
+        raise CommTimeoutError(self._gave_up)
 
     # --- rows that stay in the communication buffer --------------------------------------------
 

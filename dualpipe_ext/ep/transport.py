@@ -94,6 +94,12 @@ def describe_setting(row_layout: str, unit: int) -> str:
     return f"{row_layout!r} and {unit}"
 
 
+def describe_output(zero_copy: bool, fixed: bool) -> str:
+    """The rest of what must be the same, to follow a setting in words."""
+    rows = "a fixed number of rows" if fixed else "any number of rows"
+    return f", {rows}" + (" with zero_copy" if zero_copy else "")
+
+
 def settings_differ(rank: int, own: str, other: int, theirs: str) -> ValueError:
     """For two ranks that made different calls, whose settings are given in words."""
     return ValueError(
@@ -121,7 +127,8 @@ class Capabilities:
     syncs_host: bool
     """Whether ``route`` always waits for the device, so that it cannot be captured in a CUDA graph.
     If not, it does so only where ``max_recv_tokens`` is None, and with it mistakes that only the
-    data shows are raised by :meth:`Transport.check`, on every rank, not by ``route``."""
+    data shows are raised by :meth:`Transport.check` or by a later ``route``, the same one on every
+    rank."""
     zero_copy: bool = False
     """Whether rows can be left in the communication buffer."""
 
@@ -141,8 +148,9 @@ class Transport(ABC):
     """Moves rows between the ranks of one group.
 
     Every method is called on all ranks, in the same order. A transport may produce the expert
-    layout itself while rows arrive, or use the helpers in ``expand.py`` afterwards. Every wait is
-    bounded by ``config.timeout_s`` and ends in ``CommTimeoutError``.
+    layout itself while rows arrive, or use the helpers in ``expand.py`` afterwards. Kernels wait
+    ``config.timeout_s`` at most, which ends in ``CommTimeoutError``; waits over
+    ``torch.distributed`` are bounded by the group's own time-out.
     """
 
     name: ClassVar[str]

@@ -33,6 +33,8 @@ struct Launch {
 
 // The last launch of every kernel; kept only on demand, since benchmarks must not pay for it.
 bool keep_launches = false;
+// What routes report: an answer or none, and whether something is wrong with the call.
+bool answers = true, faulty = false;
 std::vector<Launch> launches;
 
 template <class Args>
@@ -218,7 +220,15 @@ cudaError_t launch_route(const RouteArgs& args, cudaStream_t stream) {
       call.report->matrix[j] = static_cast<int32_t>(call.num_tokens);
     }
     call.report->num_rows = int64_t{num_ranks} * call.num_tokens;
-    __atomic_store_n(&call.report->ready, 1u, __ATOMIC_RELEASE);
+    const uint32_t epoch =
+        ++args.launch.layout.control.state.in(args.launch.peers.base[call.rank])->route_epoch;
+    if (faulty && call.report->fault == 0) {
+      call.report->fault_limit = call.max_rows;
+      call.report->fault_count = 1000;
+      call.report->fault_epoch = epoch;
+      call.report->fault = static_cast<uint32_t>(RouteFault::kOverflow);
+    }
+    if (answers) __atomic_store_n(&call.report->ready, 1u, __ATOMIC_RELEASE);
   }
   return noted("route", args, stream);
 }
@@ -265,6 +275,13 @@ AddressRange address_range(uint64_t) { return {}; }
 PYBIND11_MODULE(host_core, m) {
   m.def("keep_launches", [](bool keep) { keep_launches = keep; });
   m.def("take_launches", &take_launches);
+  m.def(
+      "set_reports",
+      [](bool answer, bool fault) {
+        answers = answer;
+        faulty = fault;
+      },
+      py::arg("answers"), py::arg("faulty"));
 }
 
 // The few functions of the runtime that the bindings call themselves.

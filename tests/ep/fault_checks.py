@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from dualpipe_ext.ep import Buffer, Handle
+from dualpipe_ext.ep import Buffer, Handle, lookback
 from dualpipe_ext.errors import CommTimeoutError
 from tests.ep.cases import Case, make_case
-from tests.ep.rank_checks import LAYOUTS, raises, round_trip_equals_reference
+from tests.ep.rank_checks import LAYOUTS, raises, received, round_trip_equals_reference
 from tests.ep.ranks import Ranks
 
 ROOM = 200
@@ -146,8 +146,11 @@ def slow_sender_then_reset(ranks: Ranks) -> None:
         _works_again(ranks, buffer, case, what)
 
 
-def other_rows_are_refused_everywhere(ranks: Ranks) -> None:
-    """The last rank sends other rows, no weights, or makes another call; a reset helps."""
+def other_calls_are_refused_everywhere(ranks: Ranks) -> None:
+    """The last rank sends other rows, no weights, or makes another call; a reset helps.
+
+    Otherwise bytes that were never sent would be taken for a row, or waited for.
+    """
     case = make_case("uneven", ranks.num_ranks, tokens=6, hidden=128, dtype=torch.bfloat16)
     buffer = ranks.make_buffer(case, timeout_s=10.0)
     x, idx, weights = ranks.inputs(case)
@@ -173,6 +176,44 @@ def other_rows_are_refused_everywhere(ranks: Ranks) -> None:
         assert ranks.last or f"at rank {last}" in message, f"{what}: {message}"
         assert raises(ValueError, buffer.dispatch, x, idx, weights) == message, what
         _works_again(ranks, buffer, case, what)
+
+
+def faults_are_told_at_the_same_call(ranks: Ranks) -> None:
+    """Outputs of fixed size, of which one has no room: hosts are ahead of their GPUs by more or
+    less, and no rank leaves out a call that another has made."""
+    case = make_case("uneven", ranks.num_ranks, tokens=6)
+    buffer = ranks.make_buffer(case, timeout_s=10.0)
+    x, idx, weights = ranks.inputs(case)
+    full, needed = ranks.num_ranks * 6, len(received(ranks, case)[-1].tokens)
+    tight = needed - 1 if ranks.last else full
+    wanted = f"expected at most max_recv_tokens={needed - 1} rows at rank {ranks.num_ranks - 1}, "
+
+    def call_that_raises(first_room: int) -> tuple[int, str] | None:
+        for call in range(3 * lookback.PERIOD):
+            room = first_room if call == 0 else full
+            try:
+                buffer.dispatch(x, idx, weights, max_recv_tokens=room)
+            except ValueError as error:
+                return call, str(error)
+            if ranks.rank % 2:
+                # This host has its GPU's report before the next call; others are ahead of theirs.
+                ranks.synchronize()
+        return None
+
+    for has_room in (False, True, False):
+        told = call_that_raises(full if has_room else tight)
+        assert ranks.gather(told) == [told] * ranks.num_ranks
+        assert (told is None) == has_room
+        if told is not None:
+            call, message = told
+            assert message.startswith(wanted), message
+            assert lookback.PERIOD < call <= 2 * lookback.PERIOD
+    # A call whose host waits has nothing before it that could still be told.
+    buffer.dispatch(x, idx, weights, max_recv_tokens=tight)
+    assert raises(ValueError, buffer.dispatch, x, idx, weights).startswith(wanted)
+    buffer.dispatch(x, idx, weights)
+    ranks.synchronize()
+    buffer.check()
 
 
 def stalled_rank(ranks: Ranks) -> None:

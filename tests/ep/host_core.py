@@ -128,6 +128,14 @@ class _Stream:
     cuda_stream = STREAM
 
 
+class _Event:
+    """What it stands behind has been done."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
 @contextlib.contextmanager
 def host_core() -> Iterator[ModuleType]:
     """In the body, transports use the stand-in; yields what tells its launches."""
@@ -143,6 +151,8 @@ def host_core() -> Iterator[ModuleType]:
         "get_device_properties": lambda of: device,
         "stream": lambda chosen: contextlib.nullcontext(),
         "synchronize": lambda: None,
+        "is_current_stream_capturing": lambda: False,
+        "Event": _Event,
     }
     raw = {
         # CPU tensors are on a device without an index.

@@ -6,7 +6,8 @@ Shapes: T tokens, H hidden, E experts, K top-k, R = 2 ranks of which this is ran
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualpipe_ext.ep import Buffer, quantize
+from dualpipe_ext.ep import Buffer, lookback, peer, quantize
 from dualpipe_ext.ep.local_ranks import LocalRank, LocalRanks
+from dualpipe_ext.ep.transport import RouteOptions
+from dualpipe_ext.errors import CommTimeoutError
 from tests.ep import host_core
 
 T, H, E, K = 6, 256, 8, 3
@@ -173,6 +176,126 @@ def test_few_tokens_have_kernels_of_their_own(launches: ModuleType, inputs: tupl
     buffer.reset()
     assert (memory[layout.slab_offset(0) :] == 0xFF).all()
     assert not memory[: layout.control_bytes].any()
+
+
+OVERFLOW = r"^expected at most max_recv_tokens=40 rows at rank 0, got 1000$"
+
+
+@pytest.fixture
+def reports(launches: ModuleType) -> Iterator[Callable[..., None]]:
+    def set_reports(answers: bool = True, faulty: bool = False) -> None:
+        launches.set_reports(answers=answers, faulty=faulty)
+
+    yield set_reports
+    set_reports()
+
+
+@pytest.mark.parametrize("before", [0, 1, 40])
+def test_a_fault_is_told_at_a_call_that_follows_from_its_own(
+    buffer: Buffer, inputs: tuple, reports: Callable[..., None], before: int
+) -> None:
+    """And so at the same one on every rank, however far a GPU has come."""
+    x, idx, weights = inputs
+
+    def dispatch() -> None:
+        buffer.dispatch(x, idx, weights, max_recv_tokens=40)
+
+    for _ in range(before):
+        dispatch()
+    reports(faulty=True)
+    dispatch()
+    reports()
+    end = -(-(before + 1) // lookback.PERIOD) * lookback.PERIOD + lookback.PERIOD
+    for _ in range(before + 1, end):
+        dispatch()
+    with pytest.raises(ValueError, match=OVERFLOW):
+        dispatch()
+    for _ in range(2 * lookback.PERIOD + 1):
+        dispatch()
+
+
+def test_a_fault_is_told_at_once_to_who_asks_or_waits(
+    buffer: Buffer,
+    inputs: tuple,
+    launches: ModuleType,
+    reports: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, idx, weights = inputs
+    for way in ("asks", "waits", "reset", "capture"):
+        monkeypatch.setattr(
+            torch.cuda, "is_current_stream_capturing", lambda of=way: of == "capture"
+        )
+        reports(faulty=True)
+        buffer.dispatch(x, idx, weights, max_recv_tokens=40)
+        reports()
+        monkeypatch.undo()
+        launches.take_launches()
+        if way == "reset":
+            buffer.reset()
+        elif way == "waits":
+            with pytest.raises(ValueError, match=OVERFLOW):
+                buffer.dispatch(x, idx, weights)
+            # The others have made this call too.
+            assert [told["kernel"] for told in launches.take_launches()] == ["route"]
+        else:
+            with pytest.raises(ValueError, match=OVERFLOW):
+                buffer.check()
+        buffer.check()
+        buffer.dispatch(x, idx, weights)
+
+
+def test_after_an_answer_that_did_not_come_in_time_every_call_is_refused(
+    buffer: Buffer, inputs: tuple, reports: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It could be taken for that of a later call."""
+    monkeypatch.setattr(peer, "_HOST_MARGIN_S", -59.9)  # of twice 30
+    x, idx, weights = inputs
+    _, handle = buffer.dispatch(x, idx, weights)
+    reports(answers=False)
+    late = r"^rank 1, dispatch \(counts\): expected the device to answer within 0\.1 s$"
+    for call in (
+        lambda: buffer.dispatch(x, idx, weights),
+        lambda: buffer.dispatch(x, idx, weights, max_recv_tokens=40),
+        lambda: buffer.dispatch(x, handle=handle),
+        lambda: buffer.combine(x.new_zeros(handle.num_rows, H), handle),
+        buffer.check,
+    ):
+        with pytest.raises(CommTimeoutError, match=late):
+            call()
+    reports()
+    with pytest.raises(CommTimeoutError, match=late):
+        buffer.dispatch(x, idx, weights)
+    buffer.reset()
+    buffer.dispatch(x, idx, weights)
+
+
+def test_settings_that_differ_are_told_apart(
+    buffer: Buffer, inputs: tuple, reports: Callable[..., None]
+) -> None:
+    fault = {"fault": "mismatch", "rank": 0, "layout": "token", "alignment": 1, "count": 0}
+    for theirs, mine, told in (
+        (
+            {"limit": 40, "zero_copy": False},
+            {"max_recv_tokens": None},
+            "got 'token' and 1, any number of rows at rank 1, 'token' and 1, a fixed number of "
+            "rows at rank 0",
+        ),
+        (
+            {"limit": -1, "zero_copy": False},
+            {"max_recv_tokens": None, "zero_copy": True},
+            "got 'token' and 1, any number of rows with zero_copy at rank 1, 'token' and 1, any "
+            "number of rows at rank 0",
+        ),
+        (
+            {"limit": 40, "zero_copy": False},
+            {"max_recv_tokens": 40, "layout": "expert"},
+            "got 'expert' and 1 at rank 1, 'token' and 1 at rank 0",
+        ),
+    ):
+        options = RouteOptions(**{"layout": "token", "alignment": 1} | mine)
+        with pytest.raises(ValueError, match=re.escape(told) + "$"):
+            buffer._transport._raise_fault(fault | theirs, options)
 
 
 def test_groups_of_fixed_size(buffer: Buffer, inputs: tuple, launches: ModuleType) -> None:

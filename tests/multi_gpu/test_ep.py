@@ -32,9 +32,14 @@ def test_an_absent_rank_is_named_and_a_reset_helps(environment: Environment) -> 
     environment.run(_num_ranks(4), fault_checks.absent_rank_then_reset)
 
 
-def test_rows_of_another_length_are_refused() -> None:
-    """The other transports would take bytes that were never sent for a row."""
-    LOW_LATENCY.run(_num_ranks(4), fault_checks.other_rows_are_refused_everywhere)
+@all_ways
+def test_another_call_of_one_rank_is_refused_by_all(environment: Environment) -> None:
+    environment.run(_num_ranks(4), fault_checks.other_calls_are_refused_everywhere)
+
+
+@all_ways
+def test_hosts_that_are_not_equally_far_raise_at_the_same_call(environment: Environment) -> None:
+    environment.run(_num_ranks(4), fault_checks.faults_are_told_at_the_same_call)
 
 
 @all_ways

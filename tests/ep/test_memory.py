@@ -1,0 +1,141 @@
+"""Meetings of ranks that come late, leave and try again; without any memory or GPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+
+from dualpipe_ext.ep import memory
+from dualpipe_ext.ep.local_ranks import LocalRanks
+from dualpipe_ext.ep.transport import Ranks
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+from dualpipe_ext.launch import run_ranks
+
+LONG_S, SHORT_S = 60.0, 0.3
+
+
+def place(timeout_s: float) -> Ranks:
+    group = dist.group.WORLD
+    return Ranks(group=group, rank=group.rank(), num_ranks=group.size(), timeout_s=timeout_s)
+
+
+def default_store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def meets_all(name: str) -> None:
+    """A meeting after which all ranks have come to this one, not to one before."""
+    config, store = place(LONG_S), default_store()
+    came = [f"{name} of {rank}" for rank in range(config.num_ranks)]
+    store.set(came[config.rank], "")
+    memory.meet(config)
+    assert store.check(came)
+
+
+def other_store(kind: str) -> object:
+    """Around a check: the same with a store of that kind, which all ranks share."""
+    if kind == "file":
+        return nullcontext()
+    first, port = dist.get_rank() == 0, [None]
+    if first:
+        served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = [served.port]
+    dist.broadcast_object_list(port)
+    store = served if first else dist.TCPStore("127.0.0.1", port[0])
+    return patch.object(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+
+def one_is_late(kind: str) -> tuple[str, str]:
+    """The last rank comes when the first has left; then all try again."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    told = []
+    with other_store(kind):
+        store = default_store()
+        meets_all("begin")
+        for turn in range(2):
+            left = f"left {turn}"
+            if rank == last:
+                store.wait([left])
+            with pytest.raises(CommTimeoutError) as caught:
+                memory.meet(place(LONG_S if rank else SHORT_S))
+            if rank == 0:
+                store.set(left, "")
+            told.append(str(caught.value))
+            meets_all(f"again {turn}")
+            meets_all(f"and on {turn}")
+        dist.barrier()  # the store goes with the first rank
+    return told[0], told[1]
+
+
+@pytest.mark.parametrize("kind", ["file", "tcp"])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_meeting_that_failed_has_failed_everywhere_and_the_next_is_right(
+    kind: str, num_ranks: int
+) -> None:
+    found = run_ranks(one_is_late, num_ranks, kind, backend="gloo", run_timeout_s=LONG_S)
+    message = (
+        f"rank 0, meeting of the ranks: expected ranks [{num_ranks - 1}] to come within 0.3 s"
+    )
+    assert found == [(message, message)] * num_ranks
+
+
+def hardly_in_time() -> list[bool]:
+    """Which of many meetings were held, whose time-outs are about what coming takes."""
+    rank, held = dist.get_rank(), []
+    for turn in range(60):
+        # Each rank is the first to leave in turn.
+        timeout_s = 0.0005 * (1 + turn // 6) * (1 + (turn + rank) % 3)
+        try:
+            memory.meet(place(timeout_s))
+            held.append(True)
+        except CommTimeoutError:
+            held.append(False)
+        meets_all(f"after {turn}")
+    return held
+
+
+def test_all_ranks_know_the_same_end_of_every_meeting() -> None:
+    first, *others = run_ranks(hardly_in_time, 3, backend="gloo", run_timeout_s=120)
+    assert others == [first] * 2
+
+
+class Lost:
+    def set(self, key: str, value: str) -> None:
+        raise dist.DistNetworkError("connection reset")
+
+
+def without_a_store() -> str:
+    config = place(LONG_S)
+    with (
+        patch.object(dist.distributed_c10d, "_get_default_store", Lost),
+        pytest.raises(DualPipeError) as caught,
+    ):
+        memory.meet(config)
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_a_lost_store_is_told() -> None:
+    for rank, text in enumerate(run_ranks(without_a_store, 2, backend="gloo")):
+        assert text == (
+            f"rank {rank}, meeting of the ranks: lost the store through which they meet: "
+            "connection reset"
+        )
+
+
+def test_virtual_ranks_meet_and_gather() -> None:
+    def program(member):
+        config = Ranks(group=None, rank=member.rank, num_ranks=3, timeout_s=5, local=member)
+        memory.meet(config)
+        return memory.gather(10 * member.rank, config)
+
+    assert LocalRanks(3).run(program) == [[0, 10, 20]] * 3
+
+
+def test_a_rank_alone_waits_for_nobody() -> None:
+    alone = Ranks(group=None, rank=0, num_ranks=1, timeout_s=5)
+    memory.meet(alone)
+    assert memory.gather("x", alone) == ["x"]
