@@ -16,10 +16,11 @@ on has waited for its last use (``stream_memory.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -237,7 +238,7 @@ class ChunkGraph:
         store: takes the weight gradients of backwards that defer them, under ``(key, phase)``.
         key: names the chunk in ``store``.
         stubs: keep the way back from the outputs as tensors (see :func:`cut.gradient_root`).
-        stage: tells stages apart whose phases have the same names.
+        stage: tells stages apart whose phases have the same names; an object of the stage's own.
     """
 
     def __init__(
@@ -250,10 +251,12 @@ class ChunkGraph:
         store: WeightGradStore,
         key: Any,
         stubs: bool = False,
-        stage: Hashable = None,
+        stage: object = None,
     ) -> None:
         self.phases = tuple(phases)
-        self.stage = stage
+        # Weakly: orders are kept by it, in the launcher, which a stage holds. (Its id would not do:
+        # another object may get it.)
+        self.stage = None if stage is None else ref(stage)
         self.launcher = launcher
         self._store = store
         self._key = key

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -68,7 +70,8 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
         self.trying = False
         """Whether the number in force is one of several that are being compared."""
         self._beside = False
-        self._followers: list[Callable[[int], object]] = []
+        # Each gives the follower, or None once its object is gone.
+        self._followers: list[Callable[[], Callable[[int], object] | None]] = []
         self._told: Untold | None = None
         if device is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
@@ -102,7 +105,10 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
         self.check(comm_sms)
         told = []
         try:
-            for follower in self._followers:
+            for reference in self._followers:
+                follower = reference()
+                if follower is None:
+                    continue
                 follower(comm_sms)
                 told.append(follower)
         except BaseException:
@@ -125,8 +131,14 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
             )
 
     def follow(self, follower: Callable[[int], object]) -> None:
-        """Call ``follower`` with every number that is set from now on, before it is in force."""
-        self._followers.append(follower)
+        """Call ``follower`` with every number that is set from now on, before it is in force.
+
+        A method does not keep its object alive. Who follows may hold the partition, and layers
+        that a buffer serves do: the memory of either would wait for the garbage collector, which
+        runs in any thread at any time, in the capture of a CUDA graph too.
+        """
+        is_method = isinstance(follower, MethodType)
+        self._followers.append(WeakMethod(follower) if is_method else lambda: follower)
 
     def max_sms(self) -> int | None:
         """The limit of a grid that is launched now, for kernels that take one; None for none."""

@@ -149,10 +149,8 @@ class SMTuner:
     ) -> None:
         if not numbers or len(set(numbers)) != len(numbers):
             raise ValueError(f"expected numbers to try, each once, got {list(numbers)}")
-        self._partition, self._numbers = partition, tuple(numbers)
-        self._prepare, self._agree, self._forget = prepare, agree, forget
         self.result: Tuning | None = None
-        self._run = self._steps()
+        self._run = _Trials(partition, tuple(numbers), prepare, agree, forget).steps()
         next(self._run)
 
     @property
@@ -169,17 +167,32 @@ class SMTuner:
         except StopIteration as end:
             self.result = end.value
 
-    def _steps(self) -> Generator[None, float, Tuning]:
+
+@dataclass(frozen=True, slots=True)
+class _Trials:
+    """What :class:`SMTuner` does from step to step; its arguments.
+
+    Apart from it, which holds the generator: one that is dropped before it is done is freed, with
+    the buffer that it prepares, when its last reference goes.
+    """
+
+    partition: SMPartition
+    numbers: tuple[int, ...]
+    prepare: Callable[[int], str | None]
+    agree: Callable[[Sequence[float]], Sequence[float]]
+    forget: Callable[[], object]
+
+    def steps(self) -> Generator[None, float, Tuning]:
         """Takes the time of a step at every yield."""
         for _ in range(WARM_UP):
             yield
         # Pairs keep their plain launch order meanwhile: learning takes longer than a visit.
-        self._partition.trying = True
+        self.partition.trying = True
         # Preparing may be collective: only what every rank gets to prepare.
-        fits = self._usable(reasons := [self._unfit(number) for number in self._numbers])
-        for place, number in enumerate(self._numbers):
+        fits = self._usable(reasons := [self._unfit(number) for number in self.numbers])
+        for place, number in enumerate(self.numbers):
             if number in fits:
-                reasons[place] = self._prepare(number) or ""
+                reasons[place] = self.prepare(number) or ""
         usable = self._usable(reasons)
         usable = [number for number in usable if number in fits]
         times: dict[int, list[float]] = {number: [] for number in usable}
@@ -187,7 +200,7 @@ class SMTuner:
         if len(usable) > 1:
             # Each number once for nothing: its memory is allocated and its kernels are loaded.
             for number in usable:
-                self._partition.set(number)
+                self.partition.set(number)
                 for _ in range(SETTLE):
                     yield
             for order in rounds_of(usable):
@@ -197,22 +210,22 @@ class SMTuner:
 
     def _visit(self, number: int) -> Generator[None, float, float]:
         """Steps with a number; returns what the last took."""
-        self._partition.set(number)
+        self.partition.set(number)
         for _ in range(SETTLE):
             yield
         return (yield)
 
     def _unfit(self, number: int) -> str:
         try:
-            self._partition.check(number)
+            self.partition.check(number)
         except ValueError as error:  # the GPU has fewer
             return str(error)
         return ""
 
     def _usable(self, reasons: Sequence[str]) -> list[int]:
         """What every rank can try."""
-        failed = self._agree([1.0 if reason else 0.0 for reason in reasons])
-        return [number for number, bad in zip(self._numbers, failed, strict=True) if not bad]
+        failed = self.agree([1.0 if reason else 0.0 for reason in reasons])
+        return [number for number, bad in zip(self.numbers, failed, strict=True) if not bad]
 
     def _conclude(self, reasons: Sequence[str], times: dict[int, list[float]]) -> Tuning:
         seconds: dict[int, float] = {}
@@ -222,17 +235,17 @@ class SMTuner:
             best = choose(seconds, noise)
         candidates = tuple(
             Candidate(number, seconds.get(number, math.inf), self._told(number, reason, times))
-            for number, reason in zip(self._numbers, reasons, strict=True)
+            for number, reason in zip(self.numbers, reasons, strict=True)
         )
-        self._partition.trying = False
+        self.partition.trying = False
         if best is not None:
-            self._partition.set(best)
-        self._forget()
+            self.partition.set(best)
+        self.forget()
         return Tuning(candidates, best, noise)
 
     def _slowest(self, times: dict[int, list[float]]) -> dict[int, Sequence[float]]:
         """Of each step, the time of the slowest rank: all ranks go on from the same values."""
-        agreed = self._agree([one for number in times for one in times[number]])
+        agreed = self.agree([one for number in times for one in times[number]])
         return {n: agreed[i * ROUNDS : (i + 1) * ROUNDS] for i, n in enumerate(times)}
 
     @staticmethod

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# Its import leaves the frames of whoever is first in a cycle (``torch.fx.wrap``). That would be the
+# optimizer, and with it a Trainer that is being made, which then outlived its last reference.
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -322,7 +326,7 @@ class Trainer:
 
     def close(self) -> None:
         """Give up the connections to the other ranks of the pipeline, what is on its way, and the
-        average."""
+        average. Communication memory goes with the last reference to the trainer."""
         self.balancer.close()
         self.pipeline.close()
         if self.average is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -116,3 +117,24 @@ def test_set_partition_reaches_the_modules_that_ask():
     set_partition(model, partition)
     assert asks.partition is partition
     assert not hasattr(model[0], "partition")
+
+
+class Follower:
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def tell(self, number: int) -> None:
+        self.seen.append(number)
+
+
+def test_who_follows_with_a_method_is_not_kept():
+    partition, gone, there = SMPartition(24, device=GPU), Follower(), Follower()
+    for follower in (gone, there):
+        partition.follow(follower.tell)
+    reference = weakref.ref(gone)
+    partition.set(8)
+    assert gone.seen == [8]
+    del gone, follower
+    assert reference() is None
+    partition.set(0)
+    assert there.seen == [8, 0]
