@@ -8,16 +8,20 @@ Shapes: R ranks.
 
 from __future__ import annotations
 
+import datetime
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext import core
-from dualpipe_ext.agreement import gather_through_store
-from dualpipe_ext.ep.transport import Ranks, TransportConfig
+from dualpipe_ext.ep.transport import Ranks
+from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +70,12 @@ def allocate(num_bytes: int, config: Ranks) -> PeerMemory:
 def meet(config: Ranks) -> None:
     """Wait on the host until every rank is here.
 
+    A meeting has one end for all ranks: where one has stopped waiting it has failed on every rank,
+    also on those that come later. So all have held as many, and can try again.
+
     Raises:
-        CommTimeoutError: not all came within the time-out.
+        CommTimeoutError: not all came within the time-out of one of them.
+        DualPipeError: the store is lost, with the process that holds it.
     """
     if config.local is not None:
         config.local.gather(None)
@@ -77,37 +85,77 @@ def meet(config: Ranks) -> None:
     name = config.group.group_name
     serial = _meetings.get(name, 0)
     _meetings[name] = serial + 1
-    gather_through_store(
-        str(serial), config.group, "", timeout_s=config.timeout_s, what="meeting of the ranks"
-    )
+    try:
+        end = _hold(f"dualpipe/{name}/meeting {serial}", config)
+    except dist.DistNetworkError as error:
+        raise DualPipeError(
+            f"rank {config.rank}, meeting of the ranks: lost the store through which they meet: "
+            f"{error}"
+        ) from error
+    if end != _MET:
+        raise CommTimeoutError(end)
 
 
-# Meetings of each group so far: every rank of it counts alike.
+# Meetings of each group so far, those that failed too: every rank of it counts alike.
 _meetings: dict[str, int] = {}
+
+_MET = "met"
+
+
+def _hold(key: str, config: Ranks) -> str:
+    """How the meeting has ended, the same on all ranks: ``_MET``, or what the first to leave says.
+
+    That a rank has come says nothing for itself: it may have left since. So the end is a key that
+    is written once, by whoever sees that all are here or leaves.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    end, came = f"{key}/end", [f"{key}/{rank}" for rank in range(config.num_ranks)]
+    store.set(came[config.rank], "")
+    if not store.check(came):
+        try:
+            store.wait([end], datetime.timedelta(seconds=config.timeout_s))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:  # what a time-out is depends on the kind of store
+            pass
+        else:
+            return store.get(end).decode()
+    absent = [rank for rank, name in enumerate(came) if not store.check([name])]
+    said = (
+        f"rank {config.rank}, meeting of the ranks: expected ranks {absent} to come within "
+        f"{config.timeout_s:g} s"
+    )
+    return store.compare_set(end, "", said if absent else _MET).decode()
+
+
+def gather(item: T, config: Ranks) -> list[T]:
+    """What every rank brought, by rank; the host waits for them."""
+    if config.local is not None:
+        return config.local.gather(item)
+    if config.group is None or config.num_ranks == 1:
+        return [item]
+    everyone = [item] * config.num_ranks
+    dist.all_gather_object(everyone, item, group=config.group)
+    return everyone
 
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where a rank is, and why it could not use kernels there; compared among the ranks."""
+    """Where a rank is, and why it could not use kernels there."""
 
     host: str
     device: int
     """As CUDA numbers it in that process; -1 without a GPU."""
     bus_id: str
     reason: str | None
-    settings: tuple[object, ...] = ()
-    """What the layout of the memory follows from."""
 
 
 def unavailable(config: Ranks) -> str | None:
     """Why the ranks cannot reach each other's memory, in one line; None if they can.
 
-    All ranks come to the same answer: each learns the others' findings first.
-
-    Raises:
-        ValueError: the ranks' buffers differ in what the layout of the memory follows from.
+    All ranks ask, and come to the same answer: each learns the others' findings first.
     """
-    site = replace(_own_site(), settings=_settings(config))
+    site = _own_site()
     if config.local is not None:
         limit = core.module().MAX_LOCAL_RANKS if core.available() else config.num_ranks
         if config.num_ranks > limit:
@@ -115,27 +163,11 @@ def unavailable(config: Ranks) -> str | None:
         return site.reason
     if config.group is None or config.num_ranks == 1:
         return site.reason
-    sites: list[_Site] = [None] * config.num_ranks  # type: ignore[list-item]
-    dist.all_gather_object(sites, site, group=config.group)
-    for rank, other in enumerate(sites):
-        if other.settings != sites[0].settings:
-            raise ValueError(
-                "expected the same hidden, num_experts, top_k, max_tokens, dtype and num_slabs on "
-                f"all ranks, got {sites[0].settings} at rank 0, {other.settings} at rank {rank}"
-            )
+    sites = gather(site, config)
     reasons = [
         f"rank {rank}: {other.reason}" for rank, other in enumerate(sites) if other.reason
     ] or _links(sites, config.rank)
-    everyone: list[list[str]] = [[] for _ in sites]
-    dist.all_gather_object(everyone, reasons, group=config.group)
-    return next((reason for found in everyone for reason in found), None)
-
-
-def _settings(config: Ranks) -> tuple[object, ...]:
-    if not isinstance(config, TransportConfig):
-        return ()
-    c = config
-    return (c.hidden, c.num_experts, c.top_k, c.max_tokens, str(c.dtype), c.num_slabs)
+    return next((reason for found in gather(reasons, config) for reason in found), None)
 
 
 def _own_site() -> _Site:

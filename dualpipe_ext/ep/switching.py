@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
+from dualpipe_ext.ep import memory
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.nvlink import NVLinkTransport
 from dualpipe_ext.ep.peer import PeerTransport
@@ -61,11 +61,5 @@ def _short_of_memory(num_bytes: int) -> str | None:
 
 def _first(reason: str | None, config: TransportConfig) -> str | None:
     """The reason of the first rank that has one, on every rank."""
-    if config.local is not None:
-        everyone = config.local.gather(reason)
-    elif config.group is None or config.num_ranks == 1:
-        everyone = [reason]
-    else:
-        everyone = [None] * config.num_ranks
-        dist.all_gather_object(everyone, reason, group=config.group)
+    everyone = memory.gather(reason, config)
     return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -76,24 +78,23 @@ def test_a_meeting_that_failed_has_failed_everywhere_and_the_next_is_right(
     kind: str, num_ranks: int
 ) -> None:
     found = run_ranks(one_is_late, num_ranks, kind, backend="gloo", run_timeout_s=LONG_S)
-    message = (
-        f"rank 0, meeting of the ranks: expected ranks [{num_ranks - 1}] to come within 0.3 s"
-    )
+    message = f"rank 0, meeting of the ranks: expected ranks [{num_ranks - 1}] to come within 0.3 s"
     assert found == [(message, message)] * num_ranks
 
 
 def hardly_in_time() -> list[bool]:
-    """Which of many meetings were held, whose time-outs are about what coming takes."""
-    rank, held = dist.get_rank(), []
-    for turn in range(60):
-        # Each rank is the first to leave in turn.
-        timeout_s = 0.0005 * (1 + turn // 6) * (1 + (turn + rank) % 3)
-        try:
-            memory.meet(place(timeout_s))
-            held.append(True)
-        except CommTimeoutError:
-            held.append(False)
-        meets_all(f"after {turn}")
+    """Which of many meetings were held, whose ranks wait about as long as others are late."""
+    delays, held = random.Random(dist.get_rank()), []
+    with other_store("tcp"):
+        for turn in range(60):
+            time.sleep(delays.uniform(0, 0.015))
+            try:
+                memory.meet(place(0.01))
+                held.append(True)
+            except CommTimeoutError:
+                held.append(False)
+            meets_all(f"after {turn}")
+        dist.barrier()
     return held
 
 
