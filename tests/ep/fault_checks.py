@@ -184,24 +184,24 @@ def faults_are_told_at_the_same_call(ranks: Ranks) -> None:
     case = make_case("uneven", ranks.num_ranks, tokens=6)
     buffer = ranks.make_buffer(case, timeout_s=10.0)
     x, idx, weights = ranks.inputs(case)
-    full, needed = ranks.num_ranks * 6, len(received(ranks, case)[-1].tokens)
-    tight = needed - 1 if ranks.last else full
+    needed = len(received(ranks, case)[-1].tokens)
+    tight = needed - 1 if ranks.last else ROOM
     wanted = f"expected at most max_recv_tokens={needed - 1} rows at rank {ranks.num_ranks - 1}, "
 
     def call_that_raises(first_room: int) -> tuple[int, str] | None:
         for call in range(3 * lookback.PERIOD):
-            room = first_room if call == 0 else full
+            room = first_room if call == 0 else ROOM
             try:
                 buffer.dispatch(x, idx, weights, max_recv_tokens=room)
             except ValueError as error:
                 return call, str(error)
             if ranks.rank % 2:
                 # This host has its GPU's report before the next call; others are ahead of theirs.
-                ranks.synchronize()
+                torch.cuda.synchronize()
         return None
 
     for has_room in (False, True, False):
-        told = call_that_raises(full if has_room else tight)
+        told = call_that_raises(ROOM if has_room else tight)
         assert ranks.gather(told) == [told] * ranks.num_ranks
         assert (told is None) == has_room
         if told is not None:
