@@ -3,9 +3,11 @@
 Protocol: warm up; in every round each of the calls to be compared is measured once, after the
 others, so that a drifting clock meets all of them alike; a measurement is ``num_calls`` calls in a
 row with nothing between them, started together by all ranks (a barrier), divided by their number;
-a round counts as long as its slowest rank. Traps: a host that is slower than its GPU is measured
-too, as users would see it; a result must be dropped before the next call, or its memory is not the
-memory that a loop in a model would use; Python's garbage collector stays off during a round.
+a round counts as long as its slowest rank. On a GPU one more call comes before them, so that the
+host is ahead when the measurement begins, as it is in a loop. Traps: a host that is slower than its
+GPU is measured too, as users would see it; a result must be dropped before the next call, or its
+memory is not the memory that a loop in a model would use; Python's garbage collector stays off
+during a round.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ def measure(call: Call, num_calls: int, ranks: Ranks) -> float:
 
     A :class:`Series` has its own number of calls.
     """
-    series = Series.of(call, num_calls)
-    if ranks.device.type != "cuda":
+    on_gpu = ranks.device.type == "cuda"
+    series = Series.of(call, num_calls, num_lead=1 if on_gpu else 0)
+    if not on_gpu:
         ranks.barrier()
         series.lead()
         begin = time.perf_counter()
