@@ -202,7 +202,8 @@ def _ep_of(rows: Sequence[Row]) -> str:
         f"*{first['ranks']} ranks of {first['tokens']} tokens x {first['hidden']}, "
         f"{first['experts']} experts, top-{first['top_k']}, random routing that is known; whole "
         "calls from Python, routing weights and quantisation included, median of "
-        f"{first['rounds']} rounds of {first['calls']} calls, slowest rank. On {source(rows)}*\n"
+        f"{first['rounds']} rounds of {first['calls']} calls behind one that is not counted, "
+        f"slowest rank. On {source(rows)}*\n"
     )
 
 
