@@ -12,6 +12,22 @@ import torch.distributed as dist
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
 
 
+def group_size_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Number of ranks, and which of them this is; None for the world, (1, 0) where there is none.
+
+    Raises:
+        ValueError: this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1, 0
+    rank = dist.get_rank(group)
+    if rank < 0:  # new_group gives something even to those whom it leaves out
+        raise ValueError(
+            f"expected a group that this rank is in, got one without rank {dist.get_rank()}"
+        )
+    return dist.get_world_size(group), rank
+
+
 def largest_of_ranks(
     device: torch.device, group: dist.ProcessGroup | None, values: Sequence[float]
 ) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext.agreement import group_size_and_rank
 from dualpipe_ext.ep import autograd, ops, switching, validate
 from dualpipe_ext.ep.event import CommStream, Event
 from dualpipe_ext.ep.handle import ExpertMajor, Handle, Layout, TokenMajor, received
@@ -101,7 +102,6 @@ class Buffer:
             num_sms=num_sms,
             timeout_s=timeout_s,
         )
-        validate.check_config(self.config)
         self._transport = create_transport(transport, self.config)
         self._kernels = switching.kernels_of(self._transport)
         self._ticket = make_ticket(self._transport)
@@ -482,13 +482,7 @@ def _place(
         if group is not None:
             raise ValueError("expected group or local, got both")
         return local.rank, local.num_ranks, None
+    num_ranks, rank = group_size_and_rank(group)
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    if group is None:
-        return 0, 1, None
-    rank = dist.get_rank(group)
-    if rank < 0:  # new_group gives something even to those whom it leaves out
-        raise ValueError(
-            f"expected a group that this rank is in, got one without rank {dist.get_rank()}"
-        )
-    return rank, dist.get_world_size(group), group
+    return rank, num_ranks, group

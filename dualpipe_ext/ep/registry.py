@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualpipe_ext import env
-from dualpipe_ext.ep import memory
+from dualpipe_ext.ep import memory, validate
 from dualpipe_ext.ep.collective import CollectiveTransport
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.low_latency import LowLatencyTransport
@@ -42,8 +42,8 @@ def create_transport(name: str | Sequence[str], config: TransportConfig) -> Tran
     where set, decides what ``auto`` means. Called on all ranks.
 
     Raises:
-        ValueError: on every rank, if a name is unknown on any of them, if they do not ask for the
-            same, or if the transport cannot be used on this machine.
+        ValueError: on every rank, if a name or a number is wrong on any of them, if they do not ask
+            for the same, or if the transport cannot be used on this machine.
     """
     request = _agreed(name, config)
     # Or the last, for what is wrong with it.
@@ -82,7 +82,7 @@ class _Request:
     from_environment: str | None = field(default=None, compare=False)
     """The one of ``names`` that the environment says."""
     mistake: str | None = field(default=None, compare=False)
-    """What is wrong with the names; then there are none."""
+    """What is wrong with the sizes or the names; then there are no names."""
 
     def __str__(self) -> str:
         by = f" (by {ENVIRONMENT_VARIABLE})" if self.from_environment else ""
@@ -118,6 +118,7 @@ def _request(name: str | Sequence[str], config: TransportConfig) -> _Request:
     c = config
     sizes = (c.hidden, c.num_experts, c.top_k, c.max_tokens, str(c.dtype), c.num_slabs)
     try:
+        validate.check_config(config)
         names, from_environment = _resolved(name)
     except ValueError as error:  # for all ranks to hear
         return _Request((), c.num_sms == 0, sizes, mistake=str(error))

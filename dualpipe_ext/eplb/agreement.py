@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.eplb.exchange import control_device, exchange, group_size_and_rank
+from dualpipe_ext.agreement import group_size_and_rank
+from dualpipe_ext.eplb.exchange import control_device, exchange
 from dualpipe_ext.errors import DualPipeError
 
 _AGREE_TAG, _CONFIRM_TAG = 4101, 4102

@@ -90,13 +90,6 @@ def _section_sizes(tensors: Sequence[Tensor], num_rows: int) -> list[int]:
     return [-(-num_rows * row_bytes(t) // _ALIGNMENT) * _ALIGNMENT for t in tensors]
 
 
-def group_size_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(1, 0) where ``torch.distributed`` is not in use."""
-    if not dist.is_initialized():
-        return 1, 0
-    return dist.get_world_size(group), dist.get_rank(group)
-
-
 def control_device(group: dist.ProcessGroup | None) -> torch.device:
     """Where small messages travel: the CPU if the group can, else the current GPU."""
     if "cpu" in _backends(group):

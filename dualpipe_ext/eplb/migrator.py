@@ -34,7 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dualpipe_ext.eplb.exchange import data_device, group_size_and_rank, join, wait_for_event
+from dualpipe_ext.agreement import group_size_and_rank
+from dualpipe_ext.eplb.exchange import data_device, join, wait_for_event
 from dualpipe_ext.eplb.move_plan import MigrationReport
 from dualpipe_ext.eplb.peer_staging import PeerStaging
 from dualpipe_ext.eplb.transfer import Carrier, LayerChange, PointToPoint, StagedLayer, carry

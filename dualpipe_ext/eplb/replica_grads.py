@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext.agreement import group_size_and_rank
 from dualpipe_ext.eplb.checks import check_even_slots, check_one_device
 from dualpipe_ext.eplb.exchange import (
     data_device,
     exchange,
-    group_size_and_rank,
     index_on,
     join,
     new_message,

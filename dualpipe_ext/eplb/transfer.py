@@ -28,13 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_ext.agreement import group_size_and_rank
 from dualpipe_ext.eplb.agreement import Agreement
 from dualpipe_ext.eplb.checks import check_one_device
 from dualpipe_ext.eplb.exchange import (
     as_integers,
     data_device,
     exchange,
-    group_size_and_rank,
     index_on,
     join,
     message_bytes,

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_ext.ep import Buffer, Event, ExpertMajor, TokenMajor, quantize, transport_status
+from dualpipe_ext.integrations import deep_ep
 from dualpipe_ext.launch import run_ranks
 
 CONFIG = {"hidden": 8, "num_experts": 4, "top_k": 2, "max_tokens": 4}
@@ -165,6 +166,8 @@ def with_a_group_of_two() -> str | None:
         return None
     with pytest.raises(ValueError, match="expected a group") as error:
         Buffer(group, **CONFIG)
+    with pytest.raises(ValueError, match=str(error.value)):
+        deep_ep.Buffer(group)
     return str(error.value)
 
 

@@ -73,9 +73,11 @@ def test_a_variable_of_one_rank_is_told_on_all() -> None:
         ({"transport": "pigeon"}, "", "transport to be one of auto, nvlink, "),
         ({"transport": 5}, "", "transport to be a name or a list of names, got 5"),
         ({}, "pigeon", "DUALPIPE_TRANSPORT to be one of auto, nvlink, "),
+        ({"top_k": 33}, "", "top_k of at most 32, got 33"),
+        ({"num_experts": 7}, "", "num_experts to be a multiple of the 3 ranks of the group, got 7"),
     ],
 )
-def test_an_unknown_name_of_one_rank_is_told_on_all(
+def test_a_mistake_of_one_rank_is_told_on_all(
     options: Mapping[str, Any], variable: str, wrong: str
 ) -> None:
     *others, last = of_three({}, {}, options, variables=("", "", variable))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext import ep
+from dualpipe_ext.agreement import group_size_and_rank
 from dualpipe_ext.ep import Handle
 from dualpipe_ext.ep.collective import destinations
 from dualpipe_ext.integrations.deep_ep.low_latency import LowLatencyCalls
@@ -56,7 +57,7 @@ class Buffer(LowLatencyCalls):
         ignored: likewise.
 
     Raises:
-        ValueError: :attr:`max_tokens` below 1.
+        ValueError: :attr:`max_tokens` below 1; a group that this rank is not in.
     """
 
     num_sms: ClassVar[int] = 24
@@ -81,7 +82,7 @@ class Buffer(LowLatencyCalls):
     ) -> None:
         super().__init__()
         self.group = group
-        self.rank, self.group_size = group.rank(), group.size()
+        self.group_size, self.rank = group_size_and_rank(group)
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         # SMs that only pack for copy engines are another number.
