@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev  ## Run every test that needs no GPU
 	@# Two processes: Triton either interprets kernels or compiles them, decided when it is imported.
 	@status=0; \
 	$(BIN)/python -m pytest -n $(JOBS) -m $(CPU_TIER) $(ARGS) || status=1; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m $(CPU_TIER) tests/kernels || status=1; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m $(CPU_TIER) tests/kernels || status=1; \
 	exit $$status
 
 lint: $(VENV)/.installed-lint  ## Check style: ruff and clang-format

@@ -79,7 +79,8 @@ def test_scores_depend_on_distance_only():
 
 
 def test_late_positions_are_as_exact():
-    qkv = draw(1, 1, 1, 8).expand(1, 20_000, -1)
+    # Angles are from one table in either run; the interpreter takes 3 ms for each position.
+    qkv = draw(1, 1, 1, 8).expand(1, 1_000 if INTERPRETED else 20_000, -1)
     found, want = rotary(qkv, 1, BASE), reference(qkv, 1, BASE)
     torch.testing.assert_close(found[0].double(), want[0], rtol=1e-6, atol=1e-6)
 
