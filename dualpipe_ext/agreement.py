@@ -18,7 +18,7 @@ def group_size_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
     Raises:
         ValueError: this rank is not in the group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if group is None and not (dist.is_available() and dist.is_initialized()):
         return 1, 0
     rank = dist.get_rank(group)
     if rank < 0:  # new_group gives something even to those whom it leaves out
@@ -157,7 +157,10 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
         self._group = group
-        ordinal = _made[group.group_name] = _made.get(group.group_name, -1) + 1
+        # All ranks of a group count alike. In the store, since a group of the next one may have the
+        # name of a group of this one.
+        store = dist.distributed_c10d._get_default_store()
+        ordinal = store.add(_key(group, "agreements", dist.get_rank(group)), 1)
         self._meetings = Meetings(
             f"agreement {ordinal}", group, timeout_s, "agreement on measured times"
         )
@@ -176,7 +179,3 @@ class Agreement:
                 f"got {[len(row) for row in rows]}"
             )
         return [max(column) for column in zip(*rows, strict=True)]
-
-
-# Agreements of each group so far, less one: every rank of it counts alike.
-_made: dict[str, int] = {}

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from dualpipe_ext.errors import CommTimeoutError, WorkerFailedError
 # where "spawn" imports torch again in every one of them. (The last is what autograd imports at the
 # first backward with given gradients.)
 _PRELOAD = ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes"]
+
+
+_SEEN_LATE_S = 0.5
 
 
 def preload(*modules: str) -> None:
@@ -133,7 +136,8 @@ def run_ranks(
         num_ranks: number of processes; on GPUs rank r takes GPU r modulo their number.
         backend: torch.distributed backend; by default what the machine has.
         timeout_s: longest wait inside one collective, in seconds.
-        run_timeout_s: longest time for the whole run, in seconds; ``None`` for no limit (training).
+        run_timeout_s: longest time for the whole run, in seconds, from when all processes have
+            started; ``None`` for no limit (training).
         grace_s: how long the other processes have to end by themselves once one has failed, and
             again between asking them to stop and killing them, in seconds.
         environment: variables that every rank has besides, set before it has a second thread. A
@@ -149,7 +153,6 @@ def run_ranks(
         CommTimeoutError: the run took longer than ``run_timeout_s``.
     """
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    deadline = math.inf if run_timeout_s is None else time.monotonic() + run_timeout_s
     with tempfile.TemporaryDirectory(prefix="dualpipe-") as folder:
         init_file = str(Path(folder) / "rendezvous")
         shared = (init_file, backend or default_backend(), timeout_s, dict(environment or {}))
@@ -161,6 +164,7 @@ def run_ranks(
             daemon=False,
             start_method="forkserver",
         )
+        deadline = math.inf if run_timeout_s is None else time.monotonic() + run_timeout_s
         try:
             ended = _watch(context.processes, init_file, deadline, grace_s)
         finally:
@@ -176,10 +180,17 @@ def run_ranks(
         return [pickle.loads(file.read_bytes()) for file in results]
 
 
+class _End(NamedTuple):
+    """How a rank ended, and when that was seen, in seconds as files have their times."""
+
+    code: int
+    time: float
+
+
 def _watch(
     processes: Sequence[Any], init_file: str, deadline: float, grace_s: float
-) -> dict[int, int]:
-    """Wait for the ranks; returns the exit codes of those that ended, in that order.
+) -> dict[int, _End]:
+    """Wait for the ranks; returns the ends of those that ended, in that order.
 
     Not torch's ``join``: it stops the other ranks itself before it tells that one failed, and a
     rank killed by the launcher then looks like one that was killed by somebody else.
@@ -187,32 +198,32 @@ def _watch(
     Args:
         deadline: when to leave, by the monotonic clock; ``grace_s`` after a rank failed.
     """
-    ended: dict[int, int] = {}
+    ended: dict[int, _End] = {}
     failed = False
     while len(ended) < len(processes) and (left := deadline - time.monotonic()) > 0:
         running = [p.sentinel for rank, p in enumerate(processes) if rank not in ended]
         connection.wait(running, min(left, 60.0))  # which knows no infinity
         for rank, process in enumerate(processes):
             if rank not in ended and process.exitcode is not None:
-                ended[rank] = process.exitcode
+                ended[rank] = _End(process.exitcode, time.time())
         if not failed and _failed(ended, init_file):
             # The others may say more: whoever failed first is told from the tracebacks of all.
             failed, deadline = True, time.monotonic() + grace_s
     return ended
 
 
-def _failed(ended: dict[int, int], init_file: str) -> list[int]:
+def _failed(ended: dict[int, _End], init_file: str) -> list[int]:
     """Those that ended otherwise than with a result and well, in the order in which they did."""
-    return [r for r, code in ended.items() if code or not _result_file(init_file, r).exists()]
+    return [r for r, end in ended.items() if end.code or not _result_file(init_file, r).exists()]
 
 
 def _first_failure(
-    ended: dict[int, int], error_files: Sequence[str], init_file: str
+    ended: dict[int, _End], error_files: Sequence[str], init_file: str
 ) -> WorkerFailedError:
     """Tell the rank that failed from the ranks that failed because it did.
 
-    A rank that died without a traceback (killed, crashed) is the cause: it cannot have been waiting
-    for another. Otherwise the oldest traceback is.
+    A rank that died without a traceback (killed, crashed) is the cause, unless it may have ended
+    itself because another had raised (as NCCL's watchdog does). Otherwise the oldest traceback is.
 
     Args:
         ended: of the ranks that did by themselves: how one went that was stopped tells nothing.
@@ -224,12 +235,20 @@ def _first_failure(
         if os.path.exists(file) and os.path.getsize(file)
     ]
     died = [r for r in _failed(ended, init_file) if r not in {rank for _, rank in raised}]
+    last_words = ""
     if died:
         # Who is asked to stop because another one is gone may end sooner than that one.
-        cause = next((r for r in died if ended[r] != -signal.SIGTERM), died[0])
-        return WorkerFailedError(cause, _last_words(cause, ended[cause], init_file))
+        cause = next((r for r in died if ended[r].code != -signal.SIGTERM), died[0])
+        last_words = _last_words(cause, ended[cause].code, init_file)
+        ended_itself = ended[cause].code > 0 or ended[cause].code == -signal.SIGABRT
+        # That it has ended is seen a little later than others fail because of it.
+        before = ended[cause].time - _SEEN_LATE_S
+        if not (ended_itself and raised and min(raised)[0] < before):
+            return WorkerFailedError(cause, last_words)
+        last_words = f"\nThen rank {cause} failed: {last_words}"
     _, rank = min(raised)
-    return WorkerFailedError(rank, pickle.loads(Path(error_files[rank]).read_bytes()).strip())
+    text = pickle.loads(Path(error_files[rank]).read_bytes()).strip()
+    return WorkerFailedError(rank, text + last_words)
 
 
 def _last_words(rank: int, code: int, init_file: str) -> str:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
+import torch
+
+from dualpipe_ext.errors import CommTimeoutError
+
 MAX_TIMEOUT_S = 1e9  # about 30 years; process groups overflow not far beyond
 
 
@@ -20,3 +26,16 @@ def is_timeout(error: BaseException) -> bool:
     """
     text = str(error).lower()
     return "timed out" in text or "timeout" in text
+
+
+def wait_for_event(event: torch.cuda.Event, timeout_s: float, late: str) -> None:
+    """Wait on the host for a point of a stream, with a bound and without holding up other threads.
+
+    Raises:
+        CommTimeoutError: it did not come; ``late`` is the message.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise CommTimeoutError(late)
+        time.sleep(2e-4)

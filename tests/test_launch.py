@@ -1,3 +1,4 @@
+import contextlib
 import ctypes
 import os
 import signal
@@ -116,6 +117,23 @@ def test_a_rank_that_somebody_stops_is_named():
 def test_a_rank_that_had_to_be_killed_is_not_the_cause():
     with pytest.raises(WorkerFailedError, match="no such flavour") as caught:
         run_ranks(raise_while_others_cannot_be_stopped, 3, 1, run_timeout_s=60, grace_s=1)
+    assert caught.value.rank == 1
+
+
+def abort_because_of(rank: int) -> None:
+    dist.barrier()
+    if dist.get_rank() == rank:
+        raise KeyError("no such flavour")
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    time.sleep(1.0)
+    os.abort()
+
+
+def test_a_rank_that_ends_itself_because_of_another_is_not_the_cause():
+    told = r"(?s)no such flavour.*\nThen rank 0 failed: its process was killed by signal 6\nFatal"
+    with pytest.raises(WorkerFailedError, match=told) as caught:
+        run_ranks(abort_because_of, 2, 1, run_timeout_s=60)
     assert caught.value.rank == 1
 
 

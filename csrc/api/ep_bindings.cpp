@@ -302,9 +302,10 @@ const char* fault_name(uint32_t fault) {
   }
 }
 
-// The fault that a report tells, or None; it is cleared. With `up_to` only one of the route with
-// that epoch or of an earlier one, modulo 2^32; another stays.
-py::object take_fault(const RouteReports& reports, uint32_t index, std::optional<uint32_t> up_to) {
+// The fault that a report tells, or None; it is cleared, unless the host will `keep` it. With
+// `up_to` only one of the route with that epoch or of an earlier one, modulo 2^32; another stays.
+py::object take_fault(const RouteReports& reports, uint32_t index, std::optional<uint32_t> up_to,
+                      bool keep) {
   RouteReport& report = reports.at(index);
   const uint32_t fault = __atomic_load_n(&report.fault, __ATOMIC_ACQUIRE);
   if (fault == 0 || (up_to && !epoch_reached(*up_to, report.fault_epoch))) return py::none();
@@ -316,7 +317,7 @@ py::object take_fault(const RouteReports& reports, uint32_t index, std::optional
   fields["zero_copy"] = report.fault_zero_copy != 0;
   fields["limit"] = report.fault_limit;
   fields["count"] = report.fault_count;
-  __atomic_store_n(&report.fault, 0u, __ATOMIC_RELEASE);
+  if (!keep) __atomic_store_n(&report.fault, 0u, __ATOMIC_RELEASE);
   return fields;
 }
 
@@ -327,7 +328,8 @@ void bind_reports(py::module_& m) {
       .def("wait", &RouteReports::wait, py::arg("index"), py::arg("channel"), py::arg("record"),
            py::arg("timeout_ns"), py::call_guard<py::gil_scoped_release>())
       .def("any_fault", &RouteReports::any_fault)
-      .def("take_fault", &take_fault, py::arg("index"), py::arg("up_to") = py::none())
+      .def("take_fault", &take_fault, py::arg("index"), py::arg("up_to") = py::none(),
+           py::arg("keep") = false)
       .def(
           "num_rows", [](const RouteReports& r, uint32_t index) { return r.at(index).num_rows; },
           py::arg("index"))

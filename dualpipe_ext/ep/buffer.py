@@ -141,7 +141,8 @@ class Buffer:
         between steps. The other transport keeps its memory until :meth:`forget_unused`.
 
         Raises:
-            ValueError: this transport takes no SMs of its own, or the ranks cannot make the other.
+            ValueError: this transport takes no SMs of its own, or the ranks cannot make the other;
+                on a change of transport also what :meth:`check` tells.
         """
         validate.check_num_sms(num_sms)
         reason = self.cannot_use_sms(num_sms)
@@ -149,6 +150,8 @@ class Buffer:
             raise ValueError(f"expected num_sms that can be used here, got {num_sms}: {reason}")
         kind = switching.transport_for(num_sms, self._kernels)
         if kind.name != self.transport:
+            # Nothing tells of this one's calls later.
+            self._transport.settle()
             # Made first: if it cannot be, everything stays as it was.
             other = self._others.get(kind.name) or kind(switching.config_for(num_sms, self.config))
             self._others.pop(kind.name, None)
@@ -187,7 +190,9 @@ class Buffer:
         After ``torch.cuda.synchronize()`` it tells whether all calls so far went well. Every other
         call looks for time-outs; mistakes in the data of calls for which the host did not wait are
         told by a dispatch too, later, and the same one on every rank: one for which it waits, or
-        one of fixed size 33 to 64 after the mistake.
+        one of fixed size 33 to 64 after the mistake (replays of graphs in between put it off).
+        Without the wait ranks may be told here at different calls: who goes on then must not rely
+        on the others.
 
         Raises:
             CommTimeoutError: a wait for another rank ended without it; see :meth:`reset`.

@@ -82,11 +82,8 @@ def meet(config: Ranks) -> None:
         return
     if config.num_ranks == 1:
         return
-    name = config.group.group_name
-    serial = _meetings.get(name, 0)
-    _meetings[name] = serial + 1
     try:
-        end = _hold(f"dualpipe/{name}/meeting {serial}", config)
+        end = _hold(config)
     except dist.DistNetworkError as error:
         raise DualPipeError(
             f"rank {config.rank}, meeting of the ranks: lost the store through which they meet: "
@@ -96,19 +93,20 @@ def meet(config: Ranks) -> None:
         raise CommTimeoutError(end)
 
 
-# Meetings of each group so far, those that failed too: every rank of it counts alike.
-_meetings: dict[str, int] = {}
-
 _MET = "met"
 
 
-def _hold(key: str, config: Ranks) -> str:
+def _hold(config: Ranks) -> str:
     """How the meeting has ended, the same on all ranks: ``_MET``, or what the first to leave says.
 
     That a rank has come says nothing for itself: it may have left since. So the end is a key that
     is written once, by whoever sees that all are here or leaves.
     """
     store = dist.distributed_c10d._get_default_store()
+    name = f"dualpipe/{config.group.group_name}"
+    # Those that failed too: all ranks of a group count alike. In the store, since a group of the
+    # next one may have the name of a group of this one.
+    key = f"{name}/meeting {store.add(f'{name}/meetings of {config.rank}', 1)}"
     end, came = f"{key}/end", [f"{key}/{rank}" for rank in range(config.num_ranks)]
     store.set(came[config.rank], "")
     if not store.check(came):

@@ -18,18 +18,14 @@ from dualpipe_ext import core
 from dualpipe_ext.ep import kernel_calls, memory
 from dualpipe_ext.ep.device_arrays import address, current_device, current_stream, rows_on_16_bytes
 from dualpipe_ext.ep.fp8 import BLOCK, Quantized
-from dualpipe_ext.ep.lookback import Lookback
 from dualpipe_ext.ep.peer_handle import PeerHandle
+from dualpipe_ext.ep.route_faults import CAPTURED, UNWATCHED, WATCHED, RouteFaults
 from dualpipe_ext.ep.slabs import FreeSlabs, SlabPool, SlabRows
 from dualpipe_ext.ep.transport import (
     Capabilities,
     RouteOptions,
     Transport,
     TransportConfig,
-    describe_output,
-    describe_setting,
-    settings_differ,
-    too_many_rows,
 )
 from dualpipe_ext.errors import CommTimeoutError
 
@@ -42,9 +38,6 @@ _TRANSIT_SLABS = 1
 
 # How much later than a kernel that gives up the host does: the GPU may have been busy before.
 _HOST_MARGIN_S = 10
-
-# Which of a rank's two reports a route writes: the host waits for the second.
-_UNWATCHED, _WATCHED = 0, 1
 
 
 class PeerTransport(Transport):
@@ -75,7 +68,7 @@ class PeerTransport(Transport):
         self.comm = c.Comm(
             self._table, self._layout, self._channel, timeout_ns=int(config.timeout_s * 1e9)
         )
-        self._reports = c.RouteReports(2)
+        self._faults = RouteFaults(c, config)
         self._regions = self._layout.regions()
         kept = range(self.transit_slabs, self.transit_slabs + self._kept_slabs)
         free = FreeSlabs(kept, lambda: c.capture_id(current_stream()))
@@ -83,8 +76,7 @@ class PeerTransport(Transport):
         self._device = self._memory.own.device
         self.num_sms = self.within_gpu(config.num_sms or self.default_num_sms)
         self._last_stream: torch.cuda.Stream | None = None
-        self._lookback = Lookback()
-        # What the host waited for in vain; the device may not know of it.
+        # What the host waited for in vain, and the device may not know of.
         self._gave_up: str | None = None
         self.delays_ns = (0, 0)
         """Test hook: how long the next launches hold back their sending and receiving roles."""
@@ -140,9 +132,11 @@ class PeerTransport(Transport):
 
     def check(self) -> None:
         self.check_failure()
-        if self._reports.any_fault():
-            for report in (_UNWATCHED, _WATCHED):
-                self._raise_fault(self._reports.take_fault(report))
+        self._faults.check()
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+        self.check()
 
     def check_failure(self) -> None:
         """Raise if a wait has failed. What is wrong with a route is left for :meth:`check`, or for
@@ -151,50 +145,22 @@ class PeerTransport(Transport):
             raise CommTimeoutError(self._gave_up)
         record = self._channel.read(self._record)
         if record is not None:
+            self._faults.raise_mismatch()
             core.raise_on_failure(record, timeout_s=self.config.timeout_s)
-
-    def _raise_fault(
-        self,
-        fault: dict[str, Any] | None,
-        options: RouteOptions | None = None,
-        topk_idx: Tensor | None = None,
-    ) -> None:
-        """Raise what a report tells; ``options`` and ``topk_idx`` of the route, if it is known."""
-        if fault is None:
-            return
-        rank = fault["rank"]
-        if fault["fault"] == "bad_ids":
-            limits = f"expected expert ids from -1 to {self.config.num_experts - 1} in topk_idx"
-            if rank != self.config.rank or topk_idx is None:
-                raise ValueError(f"{limits}, got {fault['count']} others at rank {rank}")
-            bad = (topk_idx < -1) | (topk_idx >= self.config.num_experts)
-            token, choice = bad.nonzero()[0].tolist()
-            value = int(topk_idx[token, choice])
-            raise ValueError(f"{limits}, got {value} at topk_idx[{token}, {choice}]")
-        if fault["fault"] == "overflow":
-            raise too_many_rows(fault["layout"], fault["limit"], rank, fault["count"])
-        theirs = describe_setting(fault["layout"], fault["alignment"])
-        mine = "another"
-        if options is not None:
-            mine = describe_setting(*options.setting)
-            if mine == theirs:  # what differs is another thing
-                mine += describe_output(options.zero_copy, options.limit is not None)
-                theirs += describe_output(fault["zero_copy"], fault["limit"] >= 0)
-        raise settings_differ(self.config.rank, mine, rank, theirs)
 
     def reset(self) -> None:
         # Nobody's kernels may still write when the flags are cleared, and nobody may start before
-        # all have been.
+        # all have been: who cannot know whether they have been makes no call.
+        self._gave_up = f"rank {self.config.rank}: a reset has not ended on all ranks, make another"
         torch.cuda.synchronize()
         memory.meet(self.config)
         self._clear_memory()
         torch.cuda.synchronize()
         if self._record == 0:
             self._channel.clear()
-        for report in (_UNWATCHED, _WATCHED):
-            self._reports.take_fault(report)
-        self._lookback, self._gave_up = Lookback(), None
+        self._faults.forget()
         memory.meet(self.config)
+        self._gave_up = None
 
     def _clear_memory(self) -> None:
         """What a new call may find in this rank's memory."""
@@ -306,23 +272,21 @@ class PeerTransport(Transport):
         topk_idx = rows_on_16_bytes(topk_idx)
         num_rows, sent, host_counts = options.max_recv_tokens, None, None
         found = self._handle_arrays(topk_idx, options)
-        # A graph's routes are told of by `check` alone.
-        counts = num_rows is None or not torch.cuda.is_current_stream_capturing()
-        told = self._lookback.before_route() if counts else None
-        if told is not None:
-            self._raise_fault(self._reports.take_fault(_UNWATCHED, told))
-        self._launch_route(topk_idx, options, found)
-        if counts:
-            self._lookback.after_route()
+        # A graph's route runs again and again, or never.
+        captured = num_rows is not None and torch.cuda.is_current_stream_capturing()
+        if not captured:
+            self._tell_of_earlier_routes()
+        kind = CAPTURED if captured else WATCHED if num_rows is None else UNWATCHED
+        self._launch_route(topk_idx, options, found, kind)
+        if not captured:
+            self._faults.after_route()
         if num_rows is None:
             self._wait_for_report()
-            # All routes before this one have ended too, on every rank.
-            earlier, own = (self._reports.take_fault(report) for report in (_UNWATCHED, _WATCHED))
-            self._raise_fault(earlier)
-            self._raise_fault(own, options, topk_idx)
-            num_rows = self._reports.num_rows(_WATCHED)
-            sent = self._reports.matrix(_WATCHED, self.config.num_ranks)
-            host_counts = self._reports.counts(_WATCHED, self.config.num_local_experts)
+            self._faults.after_wait(options, topk_idx)
+            reports = self._faults.reports
+            num_rows = reports.num_rows(WATCHED)
+            sent = reports.matrix(WATCHED, self.config.num_ranks)
+            host_counts = reports.counts(WATCHED, self.config.num_local_experts)
             if options.layout == "token":
                 found["topk_idx"] = found["topk_idx"][:num_rows]
         return PeerHandle(
@@ -387,11 +351,13 @@ class PeerTransport(Transport):
             "offsets": offsets,
         }
 
-    def _launch_route(self, topk_idx: Tensor, options: RouteOptions, found: dict[str, Any]) -> None:
-        bound, room, report = options.limit, options.max_recv_tokens, _UNWATCHED
+    def _launch_route(
+        self, topk_idx: Tensor, options: RouteOptions, found: dict[str, Any], kind: int
+    ) -> None:
+        bound, room = options.limit, options.max_recv_tokens
         if bound is None:
-            report, bound = _WATCHED, -1
-            self._reports.expect(_WATCHED)
+            bound = -1
+            self._faults.reports.expect(kind)
             # How many rows the expert layout will have is not known yet; none is left out.
             room = 2**31 - 1 if found["topk_idx"] is None else found["topk_idx"].shape[0]
         _, unit = options.setting
@@ -402,25 +368,37 @@ class PeerTransport(Transport):
             self.delays_ns[0],
             topk_idx.data_ptr(),
             room,
-            self._reports,
-            report,
+            self._faults.reports,
+            kind,
         )
         self.together(call, self._route_together)
 
     def _route_together(self, calls: list[Any]) -> None:
         self.core.route(self.comm, calls, self.num_sms, current_stream())
 
+    @property
+    def _host_limit_s(self) -> float:
+        return 2 * self.config.timeout_s + _HOST_MARGIN_S
+
     def _wait_for_report(self) -> None:
-        limit_s = 2 * self.config.timeout_s + _HOST_MARGIN_S
-        if self._reports.wait(_WATCHED, self._channel, self._record, int(limit_s * 1e9)):
+        limit_s = self._host_limit_s
+        reports = self._faults.reports
+        if reports.wait(WATCHED, self._channel, self._record, int(limit_s * 1e9)):
             return
-        core.raise_on_failure(self._channel.read(self._record), timeout_s=self.config.timeout_s)
+        self.check_failure()
         # The answer may still come, and would be taken for that of a later route.
         self._gave_up = (
             f"rank {self.config.rank}, dispatch (counts): expected the device to answer within "
             f"{limit_s:g} s"
         )
         raise CommTimeoutError(self._gave_up)
+
+    def _tell_of_earlier_routes(self) -> None:
+        try:
+            self._faults.before_route(self._host_limit_s)
+        except CommTimeoutError as error:  # others may have gone on
+            self._gave_up = str(error)
+            raise
 
     # --- rows that stay in the communication buffer --------------------------------------------
 

@@ -120,7 +120,7 @@ def _request(name: str | Sequence[str], config: TransportConfig) -> _Request:
     try:
         validate.check_config(config)
         names, from_environment = _resolved(name)
-    except ValueError as error:  # for all ranks to hear
+    except (ValueError, TypeError) as error:  # for all ranks to hear
         return _Request((), c.num_sms == 0, sizes, mistake=str(error))
     return _Request(names, c.num_sms == 0, sizes, from_environment)
 

@@ -189,6 +189,10 @@ class Transport(ABC):
     def check(self) -> None:  # noqa: B027 - most transports raise at once and have nothing kept
         """Raise what the device has reported since the last check; does not wait for it."""
 
+    def settle(self) -> None:
+        """The same of all calls so far; waits for them."""
+        self.check()
+
     def reset(self) -> None:
         """Make the transport usable again after a time-out; called on all ranks.
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
+from dualpipe_ext.timeouts import wait_for_event
 
 # Each section of a message starts on this many bytes, so that it can be viewed in its own dtype.
 _ALIGNMENT = 16
@@ -248,16 +249,3 @@ def _wait_for_stream(
         f"rank {dist.get_rank(group)}: expected to exchange {what} with ranks {peers} "
         f"within {timeout_s:g} s, got no answer from at least one of them",
     )
-
-
-def wait_for_event(event: torch.cuda.Event, timeout_s: float, late: str) -> None:
-    """Wait on the host for a point of a stream, with a bound and without holding up other threads.
-
-    Raises:
-        CommTimeoutError: it did not come; ``late`` is the message.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not event.query():
-        if time.monotonic() > deadline:
-            raise CommTimeoutError(late)
-        time.sleep(2e-4)

@@ -35,12 +35,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext.agreement import group_size_and_rank
-from dualpipe_ext.eplb.exchange import data_device, join, wait_for_event
+from dualpipe_ext.eplb.exchange import data_device, join
 from dualpipe_ext.eplb.move_plan import MigrationReport
 from dualpipe_ext.eplb.peer_staging import PeerStaging
 from dualpipe_ext.eplb.transfer import Carrier, LayerChange, PointToPoint, StagedLayer, carry
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
-from dualpipe_ext.timeouts import check_timeout
+from dualpipe_ext.timeouts import check_timeout, wait_for_event
 
 PATHS = ("auto", "copy_engine", "point_to_point")
 DEFAULT_SPARE_BYTES = 256 << 20

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dualpipe_ext.eplb.exchange import as_integers, message_bytes, sections, wait_for_event
+from dualpipe_ext.eplb.exchange import as_integers, message_bytes, sections
 from dualpipe_ext.eplb.move_plan import Move, RankMoves
 from dualpipe_ext.eplb.transfer import Deliver
+from dualpipe_ext.timeouts import wait_for_event
 
 
 class PeerStaging:

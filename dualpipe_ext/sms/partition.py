@@ -103,14 +103,13 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
             ValueError: not a number of SMs, or compute would have none.
         """
         self.check(comm_sms)
+        self._followers = [one for one in self._followers if one() is not None]
         told = []
         try:
             for reference in self._followers:
-                follower = reference()
-                if follower is None:
-                    continue
-                follower(comm_sms)
-                told.append(follower)
+                if (follower := reference()) is not None:
+                    follower(comm_sms)
+                    told.append(follower)
         except BaseException:
             for follower in told if self._comm_sms is not None else ():
                 follower(self._comm_sms)
@@ -133,9 +132,9 @@ persistent, yielding) with comm_sms='auto', got 'carve_out'; give a number
     def follow(self, follower: Callable[[int], object]) -> None:
         """Call ``follower`` with every number that is set from now on, before it is in force.
 
-        A method does not keep its object alive. Who follows may hold the partition, and layers
-        that a buffer serves do: the memory of either would wait for the garbage collector, which
-        runs in any thread at any time, in the capture of a CUDA graph too.
+        A method does not keep its object alive: the caller does. Who follows may hold the
+        partition, and layers that a buffer serves do: the memory of either would wait for the
+        garbage collector, which runs in any thread at any time, in the capture of a CUDA graph too.
         """
         is_method = isinstance(follower, MethodType)
         self._followers.append(WeakMethod(follower) if is_method else lambda: follower)

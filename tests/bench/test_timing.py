@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 
+import pytest
 import torch
 
 from dualpipe_ext.bench.ranks import Ranks
@@ -51,6 +52,27 @@ def test_what_leads_a_series_in_is_not_measured() -> None:
     found = interleaved({"a": Series(lambda: None, body, 4)}, ranks, rounds=2, num_calls=100)
     assert ranks.log == [*["barrier", "body"], "body", *["barrier", "body"] * 2]
     assert len(found["a"]) == 2
+
+
+def test_on_a_gpu_one_more_call_comes_before_the_clock_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks = Alone()
+    ranks.device = torch.device("cuda")
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            ranks.log.append("clock")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert measure(lambda: ranks.log.append("call"), 3, ranks) == 2000
+    assert ranks.log == ["barrier", "call", "clock", "call", "call", "call", "clock"]
 
 
 def test_a_series_of_calls() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualpipe_ext.ep import Buffer, lookback, peer, quantize
+from dualpipe_ext.ep import Buffer, peer, quantize, route_faults
 from dualpipe_ext.ep.local_ranks import LocalRank, LocalRanks
 from dualpipe_ext.ep.transport import RouteOptions
 from dualpipe_ext.errors import CommTimeoutError
@@ -205,12 +205,12 @@ def test_a_fault_is_told_at_a_call_that_follows_from_its_own(
     reports(faulty=True)
     dispatch()
     reports()
-    end = -(-(before + 1) // lookback.PERIOD) * lookback.PERIOD + lookback.PERIOD
+    end = -(-(before + 1) // route_faults.PERIOD) * route_faults.PERIOD + route_faults.PERIOD
     for _ in range(before + 1, end):
         dispatch()
     with pytest.raises(ValueError, match=OVERFLOW):
         dispatch()
-    for _ in range(2 * lookback.PERIOD + 1):
+    for _ in range(2 * route_faults.PERIOD + 1):
         dispatch()
 
 
@@ -295,7 +295,7 @@ def test_settings_that_differ_are_told_apart(
     ):
         options = RouteOptions(**{"layout": "token", "alignment": 1} | mine)
         with pytest.raises(ValueError, match=re.escape(told) + "$"):
-            buffer._transport._raise_fault(fault | theirs, options)
+            buffer._transport._faults._raise(fault | theirs, options)
 
 
 def test_groups_of_fixed_size(buffer: Buffer, inputs: tuple, launches: ModuleType) -> None:
