@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-
-import torch
+from typing import TYPE_CHECKING
 
 from dualpipe_ext.errors import CommTimeoutError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_TIMEOUT_S = 1e9  # about 30 years; process groups overflow not far beyond
 
