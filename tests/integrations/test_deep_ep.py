@@ -275,15 +275,15 @@ def test_settings_that_callers_ask_for() -> None:
 
 def test_set_num_sms_is_for_buffers_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep_ep.Buffer, "num_sms", 24)
-    before = deep_ep.Buffer(_Group())
+    before = deep_ep.Buffer(None)
     deep_ep.Buffer.set_num_sms(12)
-    after = deep_ep.Buffer(_Group())
+    after = deep_ep.Buffer(None)
     assert before._buffers.options["num_sms"] == 24
     assert after._buffers.options["num_sms"] == 12
     assert deep_ep.Buffer.get_dispatch_config(8).num_sms == 12
     monkeypatch.setattr(deep_ep.Buffer, "transport", "copy_engine")
     monkeypatch.setattr(deep_ep.Buffer, "timeout_s", 7.0)
-    packs = deep_ep.Buffer(_Group())._buffers.options
+    packs = deep_ep.Buffer(None)._buffers.options
     assert packs == {"transport": "copy_engine", "num_sms": None, "timeout_s": 7.0}
 
 
@@ -291,15 +291,7 @@ def test_a_bound_on_tokens_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     for most in (-5, 0):
         monkeypatch.setattr(deep_ep.Buffer, "max_tokens", most)
         with pytest.raises(ValueError, match=f"expected max_tokens to be None or .* got {most}"):
-            deep_ep.Buffer(_Group())
-
-
-class _Group:
-    def rank(self) -> int:
-        return 0
-
-    def size(self) -> int:
-        return 1
+            deep_ep.Buffer(None)
 
 
 def of_imports(source: str) -> str:

@@ -49,6 +49,7 @@ class LowLatencyCalls:
 
     if TYPE_CHECKING:
         group: dist.ProcessGroup
+        group_size: int
         timeout_s: ClassVar[float]
         _of_transport: dict[object, ep.Buffer]
 
@@ -117,7 +118,7 @@ class LowLatencyCalls:
         _check_one(async_finish, return_recv_hook)
         _check_rows(x, ("T", "H"))
         check_dims("topk_idx", topk_idx, ("T", "K"))
-        num_local = num_experts // self.group.size()
+        num_local = num_experts // self.group_size
         _check_stats(cumulative_local_expert_recv_stats, num_local)
         most = num_max_dispatch_tokens_per_rank
         buffer = self._low_latency_buffers(most).get(
