@@ -144,3 +144,30 @@ def test_a_gpu_that_does_not_come_to_an_end_is_not_waited_for_longer() -> None:
     host.faults._ends[0] = (PERIOD, SimpleNamespace(query=lambda: False))
     with pytest.raises(CommTimeoutError, match=re.escape(late)):
         host.faults.before_route(0.05)
+
+
+def test_settings_that_differ_are_told_apart() -> None:
+    faults = Host(Gpu(0, set())).faults
+    fault = {"fault": "mismatch", "rank": 0, "layout": "token", "alignment": 1, "count": 0}
+    for theirs, mine, told in (
+        (
+            {"limit": 40, "zero_copy": False},
+            {"max_recv_tokens": None},
+            "got 'token' and 1, any number of rows at rank 1, 'token' and 1, a fixed number of "
+            "rows at rank 0",
+        ),
+        (
+            {"limit": -1, "zero_copy": False},
+            {"max_recv_tokens": None, "zero_copy": True},
+            "got 'token' and 1, any number of rows with zero_copy at rank 1, 'token' and 1, any "
+            "number of rows at rank 0",
+        ),
+        (
+            {"limit": 40, "zero_copy": False},
+            {"max_recv_tokens": 40, "layout": "expert"},
+            "got 'expert' and 1 at rank 1, 'token' and 1 at rank 0",
+        ),
+    ):
+        options = RouteOptions(**{"layout": "token", "alignment": 1} | mine)
+        with pytest.raises(ValueError, match=re.escape(told) + "$"):
+            faults._raise(fault | theirs, options)
