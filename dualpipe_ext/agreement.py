@@ -72,15 +72,8 @@ def gather_through_store(
     keys = {one: _key(group, key, one) for one in (ranks or range(group.size()))}
     try:
         store.set(keys[rank], text)
-        try:
-            store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:  # what a time-out is depends on the kind of store
-            absent = [one for one, name in keys.items() if not store.check([name])]
-            raise CommTimeoutError(
-                f"rank {rank}, {what}: expected ranks {absent} to come within {timeout_s:g} s"
-            ) from None
+        if not _come(store, list(keys.values()), timeout_s):
+            raise CommTimeoutError(_late(rank, what, _absent(store, keys), timeout_s))
         return [store.get(name).decode() for name in keys.values()]
     except dist.DistNetworkError as error:
         raise DualPipeError(
@@ -88,8 +81,66 @@ def gather_through_store(
         ) from error
 
 
-def _key(group: dist.ProcessGroup, key: str, rank: int) -> str:
+def meet_through_store(group: dist.ProcessGroup, *, timeout_s: float, what: str) -> str | None:
+    """Wait on the host for all ranks of a group, with one end for all of them.
+
+    That a rank has come says nothing for itself: it may have left since. So the end is a key that
+    is written once, by whoever sees that all are here or is the first to leave. What has failed has
+    failed on every rank, also on those that come later, and they can meet again.
+
+    Returns:
+        None, or what the first rank that left says of those that had not come.
+
+    Raises:
+        torch.distributed.DistNetworkError: the store is lost.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank(group)
+    # Those that failed too: all ranks of a group count alike.
+    key = f"meeting {_count(group, 'meetings')}"
+    came = {one: _key(group, key, one) for one in range(group.size())}
+    end = _key(group, key, "end")
+    store.set(came[rank], "")
+    if not store.check(list(came.values())) and _come(store, [end], timeout_s):
+        said = store.get(end)
+    else:
+        absent = _absent(store, came)
+        late = _late(rank, what, absent, timeout_s) if absent else _MET
+        said = store.compare_set(end, "", late)
+    return None if said.decode() == _MET else said.decode()
+
+
+_MET = "met"
+
+
+def _come(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
+    """Whether all of the keys are written in time."""
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+    except dist.DistNetworkError:
+        raise
+    except RuntimeError:  # what a time-out is depends on the kind of store
+        return False
+    return True
+
+
+def _absent(store: dist.Store, keys: dict[int, str]) -> list[int]:
+    return [rank for rank, name in keys.items() if not store.check([name])]
+
+
+def _late(rank: int, what: str, absent: list[int], timeout_s: float) -> str:
+    return f"rank {rank}, {what}: expected ranks {absent} to come within {timeout_s:g} s"
+
+
+def _key(group: dist.ProcessGroup, key: str, rank: int | str) -> str:
     return f"dualpipe/{group.group_name}/{key}/{rank}"
+
+
+def _count(group: dist.ProcessGroup, what: str) -> int:
+    """How often this rank of the group has counted so far. In the store: a group of the next one
+    may have the name of a group of this one."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.add(_key(group, what, dist.get_rank(group)), 1)
 
 
 class Meetings:
@@ -157,13 +208,9 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup, timeout_s: float) -> None:
         self._group = group
-        # All ranks of a group count alike. In the store, since a group of the next one may have the
-        # name of a group of this one.
-        store = dist.distributed_c10d._get_default_store()
-        ordinal = store.add(_key(group, "agreements", dist.get_rank(group)), 1)
-        self._meetings = Meetings(
-            f"agreement {ordinal}", group, timeout_s, "agreement on measured times"
-        )
+        # All ranks of a group make as many.
+        name = f"agreement {_count(group, 'agreements')}"
+        self._meetings = Meetings(name, group, timeout_s, "agreement on measured times")
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks for each of ``values``.

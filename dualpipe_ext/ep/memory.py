@@ -8,20 +8,17 @@ Shapes: R ranks.
 
 from __future__ import annotations
 
-import datetime
 import socket
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dualpipe_ext import core
+from dualpipe_ext.agreement import meet_through_store
 from dualpipe_ext.ep.transport import Ranks
 from dualpipe_ext.errors import CommTimeoutError, DualPipeError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,59 +79,15 @@ def meet(config: Ranks) -> None:
         return
     if config.num_ranks == 1:
         return
+    what = "meeting of the ranks"
     try:
-        end = _hold(config)
+        failure = meet_through_store(config.group, timeout_s=config.timeout_s, what=what)
     except dist.DistNetworkError as error:
         raise DualPipeError(
-            f"rank {config.rank}, meeting of the ranks: lost the store through which they meet: "
-            f"{error}"
+            f"rank {config.rank}, {what}: lost the store through which they meet: {error}"
         ) from error
-    if end != _MET:
-        raise CommTimeoutError(end)
-
-
-_MET = "met"
-
-
-def _hold(config: Ranks) -> str:
-    """How the meeting has ended, the same on all ranks: ``_MET``, or what the first to leave says.
-
-    That a rank has come says nothing for itself: it may have left since. So the end is a key that
-    is written once, by whoever sees that all are here or leaves.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    name = f"dualpipe/{config.group.group_name}"
-    # Those that failed too: all ranks of a group count alike. In the store, since a group of the
-    # next one may have the name of a group of this one.
-    key = f"{name}/meeting {store.add(f'{name}/meetings of {config.rank}', 1)}"
-    end, came = f"{key}/end", [f"{key}/{rank}" for rank in range(config.num_ranks)]
-    store.set(came[config.rank], "")
-    if not store.check(came):
-        try:
-            store.wait([end], datetime.timedelta(seconds=config.timeout_s))
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:  # what a time-out is depends on the kind of store
-            pass
-        else:
-            return store.get(end).decode()
-    absent = [rank for rank, name in enumerate(came) if not store.check([name])]
-    said = (
-        f"rank {config.rank}, meeting of the ranks: expected ranks {absent} to come within "
-        f"{config.timeout_s:g} s"
-    )
-    return store.compare_set(end, "", said if absent else _MET).decode()
-
-
-def gather(item: T, config: Ranks) -> list[T]:
-    """What every rank brought, by rank; the host waits for them."""
-    if config.local is not None:
-        return config.local.gather(item)
-    if config.group is None or config.num_ranks == 1:
-        return [item]
-    everyone = [item] * config.num_ranks
-    dist.all_gather_object(everyone, item, group=config.group)
-    return everyone
+    if failure is not None:
+        raise CommTimeoutError(failure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +114,11 @@ def unavailable(config: Ranks) -> str | None:
         return site.reason
     if config.group is None or config.num_ranks == 1:
         return site.reason
-    sites = gather(site, config)
+    sites = config.gather(site)
     reasons = [
         f"rank {rank}: {other.reason}" for rank, other in enumerate(sites) if other.reason
     ] or _links(sites, config.rank)
-    return next((reason for found in gather(reasons, config) for reason in found), None)
+    return next((reason for found in config.gather(reasons) for reason in found), None)
 
 
 def _own_site() -> _Site:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dualpipe_ext import env
-from dualpipe_ext.ep import memory, validate
+from dualpipe_ext.ep import validate
 from dualpipe_ext.ep.collective import CollectiveTransport
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.low_latency import LowLatencyTransport
@@ -93,7 +93,7 @@ class _Request:
 def _agreed(name: str | Sequence[str], config: TransportConfig) -> _Request:
     """What all ranks ask for."""
     own = _request(name, config)
-    everyone = memory.gather(own, config)
+    everyone = config.gather(own)
     if own.mistake is not None:
         raise ValueError(own.mistake)
     for rank, other in enumerate(everyone):

@@ -29,7 +29,7 @@ PERIOD = 32
 
 # A rank's reports: of routes for which the host does not wait, of those for which it does, and of
 # those in graphs.
-UNWATCHED, WATCHED, CAPTURED = range(3)
+UNWATCHED, WATCHED, CAPTURED = _KINDS = range(3)
 
 
 class RouteFaults:
@@ -44,7 +44,7 @@ class RouteFaults:
     """
 
     def __init__(self, core: Any, config: TransportConfig) -> None:
-        self.reports = core.RouteReports(CAPTURED + 1)
+        self.reports = core.RouteReports(len(_KINDS))
         self._config = config
         self._routes = 0
         # Ends of periods that nobody has looked back at: how many routes, and what follows them.
@@ -52,7 +52,7 @@ class RouteFaults:
 
     def forget(self) -> None:
         """Begin anew; all routes have ended."""
-        for kind in (UNWATCHED, WATCHED, CAPTURED):
+        for kind in _KINDS:
             self.reports.take_fault(kind)
         self._routes = 0
         self._ends.clear()
@@ -60,7 +60,7 @@ class RouteFaults:
     def check(self) -> None:
         """Raise what there is now, which may be on this rank only."""
         if self.reports.any_fault():
-            for kind in (UNWATCHED, WATCHED, CAPTURED):
+            for kind in _KINDS:
                 self._raise(self.reports.take_fault(kind))
 
     def raise_mismatch(self) -> None:
@@ -69,7 +69,7 @@ class RouteFaults:
         A rank that did not wait to learn of it has gone on to a dispatch that others have left out:
         its time-out follows from that.
         """
-        for kind in (UNWATCHED, WATCHED, CAPTURED):
+        for kind in _KINDS:
             fault = self.reports.take_fault(kind, keep=True)
             if fault is not None and fault["fault"] == "mismatch":
                 self._raise(fault)

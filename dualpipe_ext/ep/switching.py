@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from dualpipe_ext.ep import memory
 from dualpipe_ext.ep.copy_engine import CopyEngineTransport
 from dualpipe_ext.ep.nvlink import NVLinkTransport
 from dualpipe_ext.ep.peer import PeerTransport
@@ -61,5 +60,5 @@ def _short_of_memory(num_bytes: int) -> str | None:
 
 def _first(reason: str | None, config: TransportConfig) -> str | None:
     """The reason of the first rank that has one, on every rank."""
-    everyone = memory.gather(reason, config)
+    everyone = config.gather(reason)
     return next((f"rank {rank}: {one}" for rank, one in enumerate(everyone) if one), None)

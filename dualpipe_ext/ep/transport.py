@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from dualpipe_ext.ep.fp8 import Quantized
 from dualpipe_ext.ep.handle import Handle, Layout
 from dualpipe_ext.ep.local_ranks import LocalRank
 from dualpipe_ext.errors import DualPipeError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,16 @@ class Ranks:
     timeout_s: float
     local: LocalRank | None = None
     """This rank's place among virtual ranks of one process; None for a process per rank."""
+
+    def gather(self, item: T) -> list[T]:
+        """What every rank brought, by rank; the host waits for them."""
+        if self.local is not None:
+            return self.local.gather(item)
+        if self.group is None or self.num_ranks == 1:
+            return [item]
+        everyone = [item] * self.num_ranks
+        dist.all_gather_object(everyone, item, group=self.group)
+        return everyone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

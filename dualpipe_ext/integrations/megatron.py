@@ -205,8 +205,8 @@ def install(
 
     Args:
         max_tokens: most tokens of a rank in one call of a layer; None takes the most of any rank in
-            the first one, which is right where sequences have one length. A rank that has more
-            raises alone, and the others wait for it until ``timeout_s`` is over.
+            the first one, which is right where sequences have one length. More are an error
+            (:class:`~dualpipe_ext.ep.Buffer`).
         transport: see :class:`~dualpipe_ext.ep.Buffer`.
         num_sms: see :class:`~dualpipe_ext.ep.Buffer`; 0 for the copy engines.
         timeout_s: longest wait for another rank, in seconds; the default is that of Megatron's

@@ -29,8 +29,7 @@ class SharedBuffers:
     Attributes:
         remedy: what a user who has more tokens than ``max_tokens`` can do, for the error.
         max_tokens: most tokens of a rank in a call; None: the most of any rank in the first one
-            that has some. A rank that has more raises alone, and the others wait for it until their
-            ``timeout_s`` is over.
+            that has some.
         options: further arguments of ``Buffer``.
 
     Raises:

@@ -10,7 +10,11 @@ import torch
 
 from dualpipe_ext.bench import pipeline_pair, pipeline_run, pipeline_steps, timing
 from dualpipe_ext.bench.pipeline_cases import PipelineOptions, PipelineRow
-from dualpipe_ext.bench.pipeline_pair import PairBench, WrongResultError
+from dualpipe_ext.bench.pipeline_pair import (
+    DETERMINISTIC_ENVIRONMENT,
+    PairBench,
+    WrongResultError,
+)
 from dualpipe_ext.bench.ranks import Ranks
 from dualpipe_ext.bench.stage import middle_stage
 from dualpipe_ext.ep import Buffer
@@ -19,6 +23,8 @@ from dualpipe_ext.sms import SMPartition
 from tests.ep.test_switching import played
 from tests.pipeline.leaving import all_pairs_leave
 
+# How ranks start that compare bits on GPUs.
+PROCESSES = {"virtual": False, "device_type": "cuda", "environment": DETERMINISTIC_ENVIRONMENT}
 MODEL = ModelConfig(
     hidden=64,
     num_layers=2,

@@ -158,7 +158,7 @@ def test_virtual_ranks_meet_and_gather() -> None:
     def program(member):
         config = Ranks(group=None, rank=member.rank, num_ranks=3, timeout_s=5, local=member)
         memory.meet(config)
-        return memory.gather(10 * member.rank, config)
+        return config.gather(10 * member.rank)
 
     assert LocalRanks(3).run(program) == [[0, 10, 20]] * 3
 
@@ -166,4 +166,4 @@ def test_virtual_ranks_meet_and_gather() -> None:
 def test_a_rank_alone_waits_for_nobody() -> None:
     alone = Ranks(group=None, rank=0, num_ranks=1, timeout_s=5)
     memory.meet(alone)
-    assert memory.gather("x", alone) == ["x"]
+    assert alone.gather("x") == ["x"]

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from dualpipe_ext.bench import pipeline_run
-from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.bench.ranks import start
 from dualpipe_ext.sms import MEANS
-from tests.bench.pipeline_runs import MODEL, OPTIONS, check_pairs
+from tests.bench.pipeline_runs import MODEL, OPTIONS, PROCESSES, check_pairs
 
-PROCESSES = {"virtual": False, "device_type": "cuda", "environment": DETERMINISTIC_ENVIRONMENT}
 WIDE = replace(
     OPTIONS,
     model=MODEL.with_overrides(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT, deterministic
+from dualpipe_ext.bench.pipeline_pair import deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.models import LanguageModelStage
 from dualpipe_ext.pipeline.overlap import ChunkGraph, Launcher, run_pair
 from dualpipe_ext.pipeline.weight_grad import WeightGradStore
+from tests.bench.pipeline_runs import PROCESSES
 from tests.gpu.test_bench_pipeline import WIDE
 from tests.pipeline.leaving import all_pairs_leave
 
@@ -113,6 +114,6 @@ def replays_equal_eager(ranks: Ranks, transport: str) -> int:
 
 @pytest.mark.parametrize("transport", ["nvlink", "copy_engine"])
 def test_replayed_pairs_have_the_bits_of_eager_ones(transport: str) -> None:
-    run = partial(start, virtual=False, device_type="cuda", environment=DETERMINISTIC_ENVIRONMENT)
+    run = partial(start, **PROCESSES)
     for act in (replays_equal_eager, replays_that_leave_equal_eager):
         assert run(act, 1, transport) == 3

@@ -8,17 +8,13 @@ import pytest
 
 from dualpipe_ext.bench import pipeline_run
 from dualpipe_ext.bench.link import SLOW_LINKS
-from dualpipe_ext.bench.pipeline_pair import DETERMINISTIC_ENVIRONMENT
 from dualpipe_ext.bench.ranks import start
-from tests.bench.pipeline_runs import OPTIONS
+from tests.bench.pipeline_runs import OPTIONS, PROCESSES
 from tests.gpu.test_bench_pipeline import WIDE
 from tests.multi_gpu import RANKS
 
 # At the size of WIDE a launch may well be over before the next one comes, and nothing is beside it.
 LONG = replace(WIDE, tokens=8 * WIDE.tokens)
-
-
-PROCESSES = {"virtual": False, "device_type": "cuda", "environment": DETERMINISTIC_ENVIRONMENT}
 
 
 def test_pairs_over_every_transport():

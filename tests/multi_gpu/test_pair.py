@@ -6,14 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from dualpipe_ext.bench.pipeline_pair import (
-    DETERMINISTIC_ENVIRONMENT,
-    PairBench,
-    deterministic,
-)
+from dualpipe_ext.bench.pipeline_pair import PairBench, deterministic
 from dualpipe_ext.bench.ranks import Ranks, start
 from dualpipe_ext.bench.stage import middle_stage, stage_buffer
 from dualpipe_ext.sms import SMPartition
+from tests.bench.pipeline_runs import PROCESSES
 from tests.gpu.test_bench_pipeline import WIDE
 from tests.multi_gpu import RANKS
 from tests.pipeline.leaving import all_pairs_leave
@@ -64,13 +61,7 @@ def every_pair(ranks: Ranks) -> dict[str, list[list[float]]]:
 
 
 def test_pairs_have_the_bits_of_serial_runs_and_of_each_other() -> None:
-    found = start(
-        every_pair,
-        RANKS,
-        virtual=False,
-        device_type="cuda",
-        environment=DETERMINISTIC_ENVIRONMENT,
-    )
+    found = start(every_pair, RANKS, **PROCESSES)
     assert len(found) == len(TRANSPORTS) * 4
     for name, (first, second) in found.items():
         assert first == second, name

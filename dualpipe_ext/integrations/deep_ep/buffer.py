@@ -64,8 +64,8 @@ class Buffer(LowLatencyCalls):
     """SMs of buffers made from now on."""
     max_tokens: ClassVar[int | None] = None
     """Most tokens of a rank in a call, for buffers made from now on; None: the most of any rank in
-    the first dispatch of its kind that has some. DeepEP has no such bound. A rank that has more
-    raises alone, and the others wait for it until :attr:`timeout_s` is over."""
+    the first dispatch of its kind that has some. More are an error (:class:`dualpipe_ext.Buffer`);
+    DeepEP has no such bound."""
     transport: ClassVar[str] = "auto"
     """See :class:`dualpipe_ext.Buffer`; of buffers made from now on."""
     timeout_s: ClassVar[float] = 100.0
